@@ -1,0 +1,42 @@
+import pytest
+import torch
+from fused_softmax import DEVICE, INTERPRET
+
+# Layouts of a 2-d tensor: each takes a contiguous tensor and returns another of the same values.
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.T.contiguous().T,
+    "sliced": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+    "every second": lambda x: torch.stack([x, -x], dim=2)[:, :, 0],
+}
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def pytest_collection_modifyitems(items):
+    if INTERPRET:
+        skip = pytest.mark.skip(reason="needs a GPU")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(params=FLOATS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=LAYOUTS)
+def layout(request):
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture
+def randn():
+    """Normal numbers on the lessons' device, the same in every run."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, dtype=torch.float32):
+        x = torch.randn(shape, generator=generator, dtype=torch.float64)
+        return x.to(DEVICE, dtype)
+
+    return draw

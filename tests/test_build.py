@@ -1,0 +1,204 @@
+"""What `make` does when things change or go wrong, on a copy of the project with two small lessons."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LESSON = '''"""
+{title}
+=======
+
+Some prose.
+"""
+
+import os
+
+with open(os.environ["RUNS"], "a") as runs:
+    runs.write("{title} ")
+print("{output}")
+'''
+
+
+class Project:
+    def __init__(self, folder):
+        self.folder = folder
+        self.site = folder / "_build/html"
+        self.runs = folder / "runs"
+        for name in ("conf.py", "requirements.txt", "Makefile"):
+            shutil.copy(ROOT / name, folder)
+        for name in ("_ext", "_static"):
+            shutil.copytree(ROOT / "docs" / name, folder / "docs" / name)
+        (folder / "docs/index.md").write_text(
+            "# Home\n\n```{toctree}\ntutorials/index\n```\n"
+        )
+        (folder / "tutorials").mkdir()
+        (folder / "tutorials/GALLERY_HEADER.rst").write_text("Lessons\n=======\n")
+        self.write("first", "one")
+        self.write("second", "two")
+
+    def write(self, title, output, then=""):
+        path = self.folder / f"tutorials/{title}.py"
+        path.write_text(LESSON.format(title=title, output=output) + then)
+
+    def start(self):
+        self.runs.write_text("")
+        return subprocess.Popen(
+            ["make", "html", "VENV=", f"PYTHON={sys.executable}"],
+            cwd=self.folder,
+            env={**os.environ, "RUNS": str(self.runs)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def build(self):
+        process = self.start()
+        output, _ = process.communicate()
+        return process.returncode, output
+
+    def ran(self):
+        """Build, and return the lessons that were run."""
+        status, output = self.build()
+        assert status == 0, output
+        return self.runs.read_text().split()
+
+    def page(self, title):
+        return (self.site / f"tutorials/{title}.html").read_text()
+
+
+@pytest.fixture
+def project(tmp_path):
+    return Project(tmp_path)
+
+
+def test_only_what_changed_is_run_again(project):
+    assert project.ran() == ["first", "second"]
+    assert project.ran() == []
+    project.write("second", "three")
+    assert project.ran() == ["second"]
+    assert "three" in project.page("second")
+
+    with (project.folder / "conf.py").open("a") as conf:
+        conf.write('\nproject = "Another name"\n')
+    assert project.ran() == ["first", "second"]
+
+    record = project.folder / "docs/tutorials/made_with.json"
+    for change in ({"gpu": "another GPU"}, {"versions": {"triton": "0"}}):
+        record.write_text(json.dumps(json.loads(record.read_text()) | change))
+        assert project.ran() == ["first", "second"]
+    assert project.ran() == []
+
+
+def test_a_lesson_that_is_removed_leaves_nothing(project):
+    assert project.ran() == ["first", "second"]
+    (project.folder / "tutorials/second.py").unlink()
+    assert project.ran() == []
+    assert (project.site / "tutorials/first.html").exists()
+    assert not (project.site / "tutorials/second.html").exists()
+
+
+def test_a_lesson_that_fails_stops_the_build_and_leaves_the_site(project):
+    assert project.ran() == ["first", "second"]
+    before = project.page("first"), project.page("second")
+
+    project.write("first", "changed", then='raise RuntimeError("no luck")\n')
+    project.write("second", "changed")
+    status, output = project.build()
+    assert status != 0
+    assert "Lessons that failed: first.py" in output
+    assert 'first.py", line 13' in output and "RuntimeError: no luck" in output
+    assert project.runs.read_text().split() == ["first", "second"]
+    assert (project.page("first"), project.page("second")) == before
+
+    # Back to the script that once passed: its outputs are gone, so it is run again.
+    project.write("first", "one")
+    assert project.ran() == ["first"]
+    assert "changed" in project.page("second")
+
+
+def test_an_interrupted_build_is_repaired_by_the_next(project):
+    assert project.ran() == ["first", "second"]
+    project.write("first", "changed")
+    project.write("second", "changed", then="import time\ntime.sleep(600)\n")
+    process = project.start()
+    deadline = time.monotonic() + 60
+    while "second" not in project.runs.read_text() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "changed" not in project.page("first")
+
+    project.write("second", "two")
+    assert set(project.ran()) >= {"first", "second"}
+    assert "changed" in project.page("first") and "changed" not in project.page(
+        "second"
+    )
+
+
+def make(*arguments, **environment):
+    process = subprocess.run(
+        ["make", "-C", ROOT, *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return process.returncode, process.stdout + process.stderr
+
+
+def test_make_alone_lists_the_targets():
+    status, output = make()
+    assert status == 0
+    for target in ("html", "test", "lint", "serve", "clean"):
+        assert f"make {target}" in output
+
+
+def test_no_python_gets_a_sentence(tmp_path):
+    status, output = make("html", f"VENV={tmp_path}/venv", "PYTHON=python-of-dreams")
+    assert (
+        status != 0 and "python-of-dreams was not found. Install Python 3.11" in output
+    )
+
+
+def test_an_old_python_gets_a_sentence(tmp_path):
+    old = tmp_path / "old-python"
+    old.write_text(
+        '#!/bin/sh\ncase "$1" in --version) echo Python 3.8.10;; *) exit 1;; esac\n'
+    )
+    old.chmod(0o755)
+    status, output = make("html", f"VENV={tmp_path}/venv", f"PYTHON={old}")
+    assert (
+        status != 0
+        and "Python 3.8.10 is too old. Name a Python of 3.11 or later" in output
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "sentence"),
+    [
+        (
+            "sitecustomize",
+            "import platform\nplatform.system = lambda: 'Darwin'\n",
+            "Triton is published for Linux on x86-64 and 64-bit Arm only.",
+        ),
+        ("ensurepip", "raise ImportError\n", "apt install python3-venv"),
+    ],
+)
+def test_a_machine_that_cannot_serve_gets_a_sentence(tmp_path, module, text, sentence):
+    (tmp_path / f"{module}.py").write_text(text)
+    status, output = make(
+        "html",
+        f"VENV={tmp_path}/venv",
+        f"PYTHON={sys.executable}",
+        PYTHONPATH=str(tmp_path),
+    )
+    assert status != 0 and sentence in output

@@ -1,0 +1,175 @@
+"""The built site, as a visitor gets it. `make test` builds it first."""
+
+import json
+import re
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import nbclient
+import nbformat
+import pytest
+from bs4 import BeautifulSoup
+from fused_softmax import INTERPRET
+
+ROOT = Path(__file__).parent.parent
+SITE = ROOT / "_build/html"
+LESSONS = sorted(path.stem for path in (ROOT / "tutorials").glob("*.py"))
+
+if not SITE.exists():
+    pytest.skip("needs the built site: make html", allow_module_level=True)
+
+PAGES = {
+    path: BeautifulSoup(path.read_text(), "html.parser")
+    for path in SITE.rglob("*.html")
+}
+
+
+def lesson(name):
+    return PAGES[SITE / f"tutorials/{name}.html"]
+
+
+def notebook(name):
+    (path,) = (SITE / "_downloads").glob(f"*/{name}.ipynb")
+    return nbformat.read(path, as_version=4)
+
+
+def test_links_inside_the_site_lead_somewhere():
+    broken = []
+    for path, page in PAGES.items():
+        for link in page.find_all("a", href=True):
+            url = urlsplit(link["href"])
+            if url.scheme or url.netloc:
+                continue
+            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            found = target.exists()
+            if found and url.fragment and target in PAGES:
+                found = PAGES[target].find(id=unquote(url.fragment)) is not None
+            if not found:
+                broken.append(f"{path.relative_to(SITE)}: {link['href']}")
+    assert not broken
+
+
+def test_nothing_is_loaded_from_elsewhere():
+    loaded = []
+    for path, page in PAGES.items():
+        tags = page.find_all(["script", "img", "iframe", "source", "video", "audio"])
+        urls = [tag.get("src") for tag in tags]
+        urls += [tag["href"] for tag in page.find_all("link", href=True)]
+        urls += re.findall(
+            r"url\((.*?)\)", " ".join(tag.text for tag in page.find_all("style"))
+        )
+        loaded += [
+            (path.name, url) for url in urls if url and re.match(r"(https?:)?//", url)
+        ]
+    for path in SITE.rglob("*.css"):
+        urls = re.findall(
+            r"(?:url\(|@import )[\"']?((?:https?:)?//[^\"')]+)", path.read_text()
+        )
+        loaded += [(path.name, url) for url in urls]
+    assert not loaded
+
+
+def test_images_have_a_text_alternative():
+    for path, page in PAGES.items():
+        for image in page.select("article img"):
+            decorative = image.find_parent(
+                class_="sphx-glr-thumbcontainer"
+            )  # beside its title
+            assert image.get("alt") or decorative, f"{path.name}: {image.get('src')}"
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_shows_code_output_time_and_downloads(name):
+    page = lesson(name)
+    assert page.select(".highlight-Python") and page.select(".sphx-glr-script-out")
+    assert "Total running time of the script" in page.text
+    downloads = [link["href"] for link in page.select("article a.download")]
+    assert {Path(link).suffix for link in downloads} == {".py", ".ipynb", ".zip"}
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_says_at_its_top_what_ran_it(name):
+    note = lesson(name).select_one("h1 + .note").text
+    assert ("built without a GPU" in note) == INTERPRET
+    assert ("run on an" in note) != INTERPRET
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_speed_is_shown_only_where_a_gpu_measured_it(name):
+    page = lesson(name)
+    outputs = " ".join(block.text for block in page.select(".sphx-glr-script-out"))
+    figures = page.select("img.sphx-glr-single-img, img.sphx-glr-multi-img")
+    assert ("speed is measured on a GPU only" in outputs) == INTERPRET
+    assert bool(figures) != INTERPRET
+    assert ("GB/s" in outputs) != INTERPRET
+
+
+def test_every_lesson_is_listed_in_reading_order():
+    order = [
+        link["href"]
+        for link in PAGES[SITE / "tutorials/index.html"].select(".toctree-l1 a")
+    ]
+    lessons = [Path(link).stem for link in order if Path(link).stem in LESSONS]
+    assert list(dict.fromkeys(lessons)) == [
+        "fused_softmax",
+        "baseline_dropout",
+        "seeded_dropout",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("word", "title"),
+    [("softmax", "Fused softmax"), ("philox", "Random numbers in Triton")],
+)
+def test_search_finds(word, title):
+    index = (SITE / "searchindex.js").read_text()
+    index = json.loads(index.removeprefix("Search.setIndex(").removesuffix(")"))
+    found = []
+    for terms in (index["terms"], index["titleterms"]):
+        pages = terms.get(word, [])
+        found += pages if isinstance(pages, list) else [pages]
+    assert title in [index["titles"][page] for page in found]
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_notebook_prose_is_markdown(name):
+    prose = "\n".join(
+        cell.source for cell in notebook(name).cells if cell.cell_type == "markdown"
+    )
+    prose = re.sub(r"data:image/[^\"]*", "", prose)
+    raw = re.findall(
+        r":\w+:`|^\.\. |``?_|^[=\-~]{4,}$|^ *:\w+:", prose, flags=re.MULTILINE
+    )
+    assert not raw
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_notebook_starts_by_installing_the_pinned_packages(name):
+    first = notebook(name).cells[0]
+    pinned = (ROOT / "requirements.txt").read_text().splitlines()
+    assert first.source.startswith("%pip install ")
+    packages = first.source.split()[3:]
+    assert {package.split("==")[0] for package in packages} >= {
+        "torch",
+        "triton",
+        "tabulate",
+    }
+    assert set(packages) <= set(pinned)
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_notebook_runs_alone_in_an_empty_folder(name, tmp_path, monkeypatch):
+    monkeypatch.setenv(
+        "PIP_NO_INDEX", "1"
+    )  # the packages are there; change no version of them
+    nb = notebook(name)
+    nbclient.NotebookClient(nb, kernel_name="python3", timeout=600).execute(
+        cwd=tmp_path
+    )
+    outputs = [
+        output
+        for cell in nb.cells
+        if cell.cell_type == "code"
+        for output in cell.outputs
+    ]
+    assert any(output.output_type == "stream" for output in outputs)

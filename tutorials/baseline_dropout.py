@@ -1,0 +1,316 @@
+"""
+.. _baseline dropout:
+
+Dropout with a mask
+===================
+
+Dropout sets random elements of a tensor to zero while a network trains. The textbook way stores
+which elements: a mask as large as the tensor. In this lesson you write that kernel, check it, and
+add up what the mask costs. The next lesson, :ref:`seeded dropout`, makes the cost disappear.
+
+You will learn
+
+- why the elements that stay are scaled, and by how much;
+- how a Triton kernel combines two tensors element by element, whatever their size;
+- what a mask costs in memory, in bytes moved, and in trouble when a computation is repeated.
+
+You need to know PyTorch. You need no CUDA.
+"""
+
+# %%
+# Setting the stage
+# -----------------
+#
+# The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
+# :ref:`fused softmax` explains them.
+
+# sphinx_gallery_thumbnail_path = '_static/dropout_mask.svg'
+import numbers
+import os
+
+import torch
+
+INTERPRET = (
+    os.environ.get("TRITON_INTERPRET", "0") != "0" or not torch.cuda.is_available()
+)
+DEVICE = "cpu" if INTERPRET else "cuda"
+os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
+
+import triton
+import triton.language as tl
+
+# %%
+# Why scale what stays
+# --------------------
+#
+# A network that trains with dropout can't rely on any single unit, because that unit may be gone
+# in the next step. It has to spread what it knows, and overfits less (Srivastava et al., 2014).
+# With probability :math:`p` an element is dropped; otherwise it is kept and divided by
+# :math:`1 - p`:
+#
+# .. math:: y_{i} = \frac{k_{i}\, x_{i}}{1 - p}, \qquad k_{i} = 0 \text{ with probability } p, \text{ else } 1
+#
+# The division keeps the sums right. On average :math:`k_{i}` is :math:`1 - p`, so on average
+# :math:`y_{i}` is :math:`x_{i}`: the next layer sees inputs of the usual size while it trains, and
+# at test time dropout is simply left out.
+#
+# .. image:: /_static/dropout_mask.svg
+#    :alt: A row of ten inputs, below it a mask of zeros and ones, below it the output: zero under each zero of the mask, the input doubled under each one.
+#
+# The kernel
+# ----------
+#
+# A program handles ``BLOCK`` consecutive elements. The last program may reach past the end of the
+# tensor, so loads and stores are masked; don't confuse this mask with dropout's, which is data.
+#
+# ``tl.where`` chooses. Multiplying by the mask would not do: an infinite element times 0 is NaN,
+# and dropping should leave nothing behind.
+
+
+@triton.jit
+def dropout_kernel(
+    y_ptr, x_ptr, x_keep_ptr, n_elements, scale: tl.float64, BLOCK: tl.constexpr
+):
+    # In 64 bits: positions in a tensor of more than 2^31 elements overflow 32.
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < n_elements
+    x = tl.load(x_ptr + offsets, mask=inside)
+    x_keep = tl.load(x_keep_ptr + offsets, mask=inside)
+    if x.dtype != tl.float64:
+        scale = tl.cast(scale, tl.float32)
+    tl.store(y_ptr + offsets, tl.where(x_keep != 0, x * scale, 0.0), mask=inside)
+
+
+def dropout(x, x_keep, p):
+    """Drop elements of ``x`` where ``x_keep`` is 0; scale the others by 1 / (1 - p).
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any shape and strides, on the GPU (on the CPU when Triton interprets); float16,
+        bfloat16, float32 or float64.
+    x_keep : torch.Tensor
+        The mask: same shape and device as ``x``; bool or any integer dtype. 0 drops,
+        anything else keeps.
+    p : float
+        The probability of dropping that the mask was drawn with, in [0, 1]. With 1 the
+        result is 0 everywhere, as in ``torch.nn.functional.dropout``.
+
+    Returns
+    -------
+    torch.Tensor
+        Contiguous, with the shape and dtype of ``x``. A dropped inf or NaN becomes 0.
+
+    Raises
+    ------
+    TypeError
+        If an argument has another type or dtype.
+    ValueError
+        If shapes or devices do not match, ``p`` is outside [0, 1], or ``x`` requires a
+        gradient, which this kernel does not compute.
+
+    References
+    ----------
+    Srivastava et al., "Dropout: a simple way to prevent neural networks from
+    overfitting", 2014.
+    """
+    for name, tensor in [("x", x), ("x_keep", x_keep)]:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(
+            f"x must be float16, bfloat16, float32 or float64, got {x.dtype}"
+        )
+    if x_keep.is_floating_point() or x_keep.is_complex():
+        raise TypeError(f"x_keep must be bool or an integer dtype, got {x_keep.dtype}")
+    if not isinstance(p, numbers.Real):
+        raise TypeError(f"p must be a number, got {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    if x_keep.shape != x.shape:
+        raise ValueError(
+            f"x_keep must have x's shape, {tuple(x.shape)}, got {tuple(x_keep.shape)}"
+        )
+    if x.device.type != DEVICE or x_keep.device != x.device:
+        raise ValueError(
+            f"x and x_keep must be on one device of type {DEVICE!r}, "
+            f"got {x.device} and {x_keep.device}"
+        )
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x requires a gradient, which dropout does not compute; pass x.detach()"
+        )
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+
+    scale = 1 / (1 - float(p)) if p < 1 else 0.0
+    BLOCK = 1024
+    with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
+        dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
+            y, x.contiguous(), x_keep.contiguous(), x.numel(), scale, BLOCK
+        )
+    return y
+
+
+# %%
+# Ten elements
+# ------------
+#
+# The numbers are drawn on the CPU, so that this table is the same on every machine.
+
+from tabulate import tabulate
+
+torch.manual_seed(0)
+p = 0.5
+x = torch.randn(10)
+x_keep = torch.rand(10) > p
+output = dropout(x.to(DEVICE), x_keep.to(DEVICE), p)
+table = {
+    "input": x.tolist(),
+    "keep mask": x_keep.int().tolist(),
+    "output": output.tolist(),
+}
+print(tabulate(table, headers="keys", floatfmt=".4f"))
+
+# %%
+# Where the mask is 1 the output is twice the input, because :math:`1 / (1 - p)` is 2.
+#
+# Is it right?
+# ------------
+#
+# A shape with an odd number of elements, a transposed input, a mask of each kind, and what is
+# dropped includes an infinity and a NaN. The reference is computed in float64.
+
+x = torch.randn(77, 53, device=DEVICE).T
+x[0, 0], x[0, 1] = float("inf"), float("nan")
+x_keep = torch.rand(53, 77, device=DEVICE) > 0.1
+x_keep[0, :2] = False
+expected = torch.where(x_keep, x.double() / (1 - 0.1), 0.0).float()
+for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64):
+    torch.testing.assert_close(dropout(x, x_keep.to(dtype), 0.1), expected)
+print(f"{x.numel()} elements agree, {(~x_keep).sum()} of them dropped")
+
+# %%
+# What the mask costs
+# -------------------
+#
+# **Memory.** The backward pass multiplies the incoming gradient by the same mask, so the mask is
+# kept from the forward pass until then. Here is what that is for the activations of one layer:
+
+activations = torch.empty(
+    8, 2048, 4096, dtype=torch.bfloat16, device="meta"
+)  # a shape without data
+rows = [["the activations themselves", "bfloat16", activations.nbytes / 2**20]]
+for dtype in (torch.bool, torch.int32):
+    rows.append(
+        [
+            "their mask",
+            str(dtype).removeprefix("torch."),
+            activations.to(dtype).nbytes / 2**20,
+        ]
+    )
+print(tabulate(rows, headers=["", "dtype", "MiB"], floatfmt=".0f"))
+
+# %%
+# An int32 mask is twice as large as what it masks, and even PyTorch's, a byte for each element,
+# adds half. Of all those bits, one in an element says something.
+#
+# **Bytes moved.** Dropout reads :math:`x` and writes :math:`y`; the mask comes on top, and a
+# kernel this simple takes as long as its bytes take. The figure shows it. As before, the scale
+# counts only the bytes that must move, :math:`x` and :math:`y`, and the copy is the limit.
+
+from datetime import date
+
+gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+MACHINE = (
+    f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
+)
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["n_elements"],
+        x_vals=[2**i for i in range(12, 28)],
+        x_log=True,
+        line_arg="implementation",
+        line_vals=["bool", "int32", "torch", "copy"],
+        line_names=[
+            "this kernel, bool mask",
+            "this kernel, int32 mask",
+            "x * x_keep / (1 - p)",
+            "copy",
+        ],
+        styles=[
+            ("#d55e00", "-"),
+            ("#d55e00", ":"),
+            ("#0072b2", "-"),
+            ("#555555", "--"),
+        ],
+        xlabel=f"elements, float32\n{MACHINE}",
+        ylabel="GB/s",
+        plot_name="baseline-dropout",
+        args={"p": 0.5},
+    )
+)
+def benchmark(n_elements, p, implementation):
+    x = torch.randn(n_elements, device=DEVICE)
+    x_keep = torch.rand(n_elements, device=DEVICE) > p
+    x_keep_int32 = x_keep.int()
+    run = {
+        "bool": lambda: dropout(x, x_keep, p),
+        "int32": lambda: dropout(x, x_keep_int32, p),
+        "torch": lambda: x * x_keep / (1 - p),
+        "copy": lambda: x.clone(),
+    }[implementation]
+    milliseconds = triton.testing.do_bench(run, return_mode="median")
+    return 2 * x.nbytes / milliseconds / 1e6
+
+
+# %%
+
+if __name__ == "__main__":
+    if not INTERPRET:
+        speed = benchmark.run(show_plots=True, return_df=True)
+        print(tabulate(speed[::3], headers="keys", floatfmt=".0f", showindex=False))
+        n_elements, with_bool, with_int32, operators, copy = speed.iloc[-1]
+        print(
+            f"\nOf the copy's speed at {n_elements:.0f} elements, this kernel reaches "
+            f"{with_bool / copy:.0%} with a bool mask and {with_int32 / copy:.0%} with "
+            f"an int32 mask; two PyTorch operators reach {operators / copy:.0%}."
+        )
+    else:
+        print("No figure: speed is measured on a GPU only, and this run had none.")
+
+# %%
+# With an int32 mask three tensors of equal size move where two would do, which leaves at best two
+# thirds of the copy. A bool mask moves 9 bytes where 8 would do. And the mask had to be drawn and
+# written in the first place, which this figure does not even count.
+#
+# **Trouble with repetition.** Drawing the mask changes the state of a random number generator. A
+# computation that is run again draws another one, unless somebody saved that state and put it
+# back:
+
+first = torch.rand(10) > p
+again = torch.rand(10) > p
+print("the same mask twice?", torch.equal(first, again))
+
+# %%
+# Activation checkpointing runs parts of the forward pass a second time, to save memory. If dropout
+# then draws another mask, the gradients are wrong, and nothing complains.
+#
+# All three costs have one cause: the mask is *data*. In the next lesson, :ref:`seeded dropout`, it
+# becomes a function.
+#
+# Exercises
+# ---------
+#
+# 1. Store the mask in bits: 8 elements in each byte. What share of the copy should the kernel
+#    reach then, and what does it reach?
+# 2. Write the backward pass. Which kernel do you need for it?
+#
+# References
+# ----------
+#
+# - N. Srivastava, G. Hinton, A. Krizhevsky, I. Sutskever and R. Salakhutdinov, `Dropout: a simple way to prevent neural networks from overfitting <https://jmlr.org/papers/v15/srivastava14a.html>`_,
+#   2014.

@@ -1,0 +1,346 @@
+"""
+.. _fused softmax:
+
+Fused softmax
+=============
+
+A softmax needs very little arithmetic. What it costs is trips to memory, and PyTorch's operators
+make more of them than they must when you write softmax by hand. In this lesson you write one GPU
+kernel that makes a single trip, check it against PyTorch, and measure how close it comes to a
+plain copy of the same bytes, which is as fast as memory goes.
+
+You will learn
+
+- how to count the bytes that an operation moves, and to read the count as a limit on its speed;
+- how a Triton kernel works on a row of any length with blocks that are powers of two;
+- how to check a kernel on an awkward shape, and how to measure it beside its physical limit.
+
+You need to know PyTorch. You need no CUDA.
+"""
+
+# %%
+# Setting the stage
+# -----------------
+#
+# Every lesson starts with these lines. Triton compiles a kernel for the GPU in your machine. If
+# there is none, ``TRITON_INTERPRET=1`` has Triton's *interpreter* run the same kernel on the CPU,
+# one block at a time, with NumPy. That is slow, but it computes the same thing, so everything here
+# except the measurement works on any laptop with Linux. Triton reads the variable while it is
+# imported, so it has to be set first. You can set it yourself, too: in the interpreter a kernel
+# is ordinary Python, and you may ``print`` in it.
+
+# sphinx_gallery_thumbnail_path = '_static/softmax_traffic.svg'
+import os
+
+import torch
+
+INTERPRET = (
+    os.environ.get("TRITON_INTERPRET", "0") != "0" or not torch.cuda.is_available()
+)
+DEVICE = "cpu" if INTERPRET else "cuda"
+os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
+
+import triton
+import triton.language as tl
+
+# %%
+# Counting the bytes
+# ------------------
+#
+# Softmax turns each row of a matrix into positive numbers that add up to one:
+#
+# .. math:: y_{j} = \frac{e^{x_{j} - m}}{\sum_{k} e^{x_{k} - m}}, \qquad m = \max_{k} x_{k}
+#
+# Subtracting the row's maximum :math:`m` changes nothing on paper, because it scales the numerator
+# and the denominator by the same factor. On a computer it keeps the largest exponent at 0, so that
+# nothing overflows: in float32, ``exp(89)`` is already infinite.
+#
+# Here is softmax as five PyTorch operators. Each operator is a kernel of its own: it reads its
+# inputs from the GPU's memory and writes its result back there. The comments count elements for a
+# matrix of M rows and N columns.
+
+
+def naive_softmax(x):
+    """Softmax over the last dimension of ``x``, one PyTorch operator at a time."""
+    x_max = torch.amax(x, dim=-1, keepdim=True)  # reads MN, writes M
+    z = x - x_max  # reads MN + M, writes MN
+    numerator = torch.exp(z)  # reads MN, writes MN
+    denominator = torch.sum(numerator, dim=-1, keepdim=True)  # reads MN, writes M
+    return numerator / denominator  # reads MN + M, writes MN
+    # In total: reads 5MN + 2M, writes 3MN + 2M.
+
+
+# %%
+# The result needs each element to be read once and written once: :math:`MN` in, :math:`MN` out.
+# The five operators move :math:`8MN + 4M`, about four times as much. The arithmetic in between
+# costs next to nothing, so a kernel that keeps a row on the chip from its first read to its last
+# write should be about four times as fast. Joining operators in this way is called *fusion*.
+#
+# .. image:: /_static/softmax_traffic.svg
+#    :alt: Left: five operators, each with arrows to and from the GPU's memory, eight MN in all. Right: one fused kernel with one arrow in and one arrow out, two MN in all.
+#
+# The kernel
+# ----------
+#
+# You write a Triton kernel for one *program*. The launch starts many programs, the GPU runs them
+# side by side on its multiprocessors, and each finds out which one it is from
+# ``tl.program_id``. Here each program owns one row.
+#
+# A program works on blocks of values, and the size of a block is a power of two. A row seldom is,
+# so the row is padded: ``mask`` is true for the columns that exist, and a masked load touches only
+# those. The others receive ``-inf``, which can't be the maximum and whose exponential is 0, so
+# the padding vanishes from the result.
+
+
+@triton.jit
+def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
+    # A large tensor has more than 2^31 elements, so positions are computed in 64 bits.
+    row = tl.program_id(0).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < n_cols
+    x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=-float("inf"))
+    # float16 and bfloat16 are too coarse to add up in.
+    if x.dtype.primitive_bitwidth < 32:
+        x = x.to(tl.float32)
+    numerator = tl.exp(x - tl.max(x, axis=0))
+    denominator = tl.sum(numerator, axis=0)
+    tl.store(y_ptr + row * n_cols + cols, numerator / denominator, mask=mask)
+
+
+# %%
+# Compare it with the naive version: the same five steps, but ``x``, ``numerator`` and
+# ``denominator`` are values on the chip, in registers. Only ``tl.load`` and ``tl.store`` go to
+# memory.
+#
+# Two things deserve a second look.
+#
+# - ``tl.exp`` is fast because it is approximate. For float32 it is the GPU's own instruction for
+#   powers of two, applied to ``x`` times log2(e): a few bits of the last place may differ from a
+#   carefully rounded ``exp``. The check below shows how little of that reaches the result.
+# - ``BLOCK`` is a ``tl.constexpr``: the compiler knows its value, and compiles the kernel once for
+#   every value that you use.
+#
+# The function around it
+# ----------------------
+#
+# The function that you call prepares the launch. It picks the block, the next power of two at or
+# above the number of columns, and the number of *warps*, the groups of 32 threads among which the
+# program's elements are divided. More warps keep more loads in flight; fewer leave each thread
+# more work of its own.
+
+
+def softmax(x):
+    """Softmax over the last dimension, in one pass over memory.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Shape (..., columns) with up to 2^20 columns and any strides, on the GPU (on the
+        CPU when Triton interprets); float16, bfloat16, float32 or float64.
+
+    Returns
+    -------
+    torch.Tensor
+        Contiguous, with the shape and dtype of ``x``. Sums are formed in float32
+        (float64 for float64). As with ``torch.softmax``, a row that holds a NaN or
+        +inf, or nothing but -inf, becomes NaN.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is no tensor of one of these dtypes.
+    ValueError
+        If ``x`` has no dimension, is on another device, is wider than 2^20 columns, has
+        2^31 rows or more, or requires a gradient, which this kernel does not compute.
+    """
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(
+            f"x must be float16, bfloat16, float32 or float64, got {x.dtype}"
+        )
+    if x.ndim == 0:
+        raise ValueError("x must have at least one dimension, got a 0-d tensor")
+    if x.device.type != DEVICE:
+        raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "x requires a gradient, which softmax does not compute; pass x.detach()"
+        )
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+
+    n_cols = x.shape[-1]
+    rows = x.reshape(-1, n_cols)
+    if n_cols > 2**20 or len(rows) >= 2**31:
+        raise ValueError(
+            f"x must have at most 2^20 columns and 2^31 - 1 rows, got {tuple(x.shape)}"
+        )
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()  # neighbours in a row must be neighbours in memory
+    BLOCK = triton.next_power_of_2(n_cols)
+    num_warps = min(max(BLOCK // 512, 1), 32)  # about 16 elements a thread
+    with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
+        softmax_kernel[(len(rows),)](
+            y, rows, rows.stride(0), n_cols, BLOCK, num_warps=num_warps
+        )
+    return y
+
+
+# %%
+# Is it right?
+# ------------
+#
+# Choose a shape that a careless kernel gets wrong: 1823 rows and 781 columns, neither a power of
+# two nor a multiple of one. ``assert_close`` raises an error, and so stops this page from being
+# built, if any element differs by more than rounding explains.
+
+torch.manual_seed(0)
+x = torch.randn(1823, 781, device=DEVICE)
+y = softmax(x)
+reference = torch.softmax(x, dim=-1)
+torch.testing.assert_close(y, reference)
+
+exact = torch.softmax(x.double(), dim=-1)
+print(f"largest error of this kernel:   {(y - exact).abs().max():.1e}")
+print(f"largest error of torch.softmax: {(reference - exact).abs().max():.1e}")
+
+# %%
+# The errors are against softmax in float64. The approximate exponential does not show: both are
+# within the rounding of float32.
+#
+# The last dimension is what counts, whatever stands before it and however the tensor lies in
+# memory:
+
+batch = torch.randn(2, 3, 5, 130, device=DEVICE)
+torch.testing.assert_close(softmax(batch), torch.softmax(batch, dim=-1))
+transposed = torch.randn(100, 33, device=DEVICE).T
+torch.testing.assert_close(softmax(transposed), torch.softmax(transposed, dim=-1))
+
+no_choice = torch.full((1, 4), -float("inf"), device=DEVICE)
+print("a row of -inf here:    ", softmax(no_choice).tolist())
+print("a row of -inf in torch:", torch.softmax(no_choice, dim=-1).tolist())
+
+# %%
+# A row of nothing but ``-inf`` has no maximum to subtract: ``-inf - -inf`` is NaN, here as in
+# PyTorch. Attention masks that hide every key end up there.
+#
+# Is it fast?
+# -----------
+#
+# ``perf_report`` runs a function over a range of sizes, once for each line of a figure. The five
+# lines do the same work on the same data: this kernel, ``torch.softmax``, the naive version
+# compiled in two ways, and a copy. The copy also reads and writes each element once, and computes
+# nothing: it is the limit. The scale counts the bytes that *must* move, :math:`2MN` elements, over
+# the time taken, so a version that moves more shows up lower.
+
+from datetime import date
+
+from tabulate import tabulate
+
+gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+MACHINE = (
+    f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
+)
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["n_cols"],
+        x_vals=[128 * i for i in range(2, 100)],
+        line_arg="implementation",
+        line_vals=["fused", "torch", "compile", "jit", "copy"],
+        line_names=[
+            "this kernel",
+            "torch.softmax",
+            "naive, torch.compile",
+            "naive, torch.jit.script",
+            "copy",
+        ],
+        styles=[
+            ("#d55e00", "-"),
+            ("#0072b2", "-"),
+            ("#009e73", "-"),
+            ("#cc79a7", "-"),
+            ("#555555", "--"),
+        ],
+        xlabel=f"columns of 4096 rows, float32\n{MACHINE}",
+        ylabel="GB/s",
+        plot_name="softmax",
+        args={"n_rows": 4096},
+    )
+)
+def benchmark(n_rows, n_cols, implementation):
+    x = torch.randn(n_rows, n_cols, device=DEVICE)
+    run = {
+        "fused": softmax,
+        "torch": lambda x: torch.softmax(x, dim=-1),
+        "compile": torch.compile(naive_softmax),
+        "jit": torch.jit.script(naive_softmax),
+        "copy": torch.clone,
+    }[implementation]
+    milliseconds = triton.testing.do_bench(lambda: run(x), return_mode="median")
+    return 2 * x.nbytes / milliseconds / 1e6
+
+
+# %%
+# Only a GPU is worth timing. The interpreter takes a thousand times as long, and its time says
+# nothing about the kernel.
+
+if __name__ == "__main__":
+    if not INTERPRET:
+        speed = benchmark.run(show_plots=True, return_df=True)
+        table = speed[speed.n_cols % 1536 == 0]
+        print(tabulate(table, headers="keys", floatfmt=".0f", showindex=False))
+    else:
+        print("No figure: speed is measured on a GPU only, and this run had none.")
+
+# %%
+# What the figure says
+# --------------------
+#
+# Look first at how close the kernel comes to the copy: whatever is missing there is all that a
+# better kernel could still gain. Then look at what the unfused operators lose.
+
+if __name__ == "__main__" and not INTERPRET:
+    narrow, wide = speed.iloc[0], speed.iloc[-1]
+    for row in (narrow, wide):
+        n_cols, fused, torch_softmax, compiled, scripted, copy = row
+        print(
+            f"At {n_cols:.0f} columns this kernel reaches {fused:.0f} GB/s, "
+            f"{fused / copy:.0%} of the copy.\nIt is as fast as "
+            f"{fused / torch_softmax:.2f} times torch.softmax, "
+            f"{fused / compiled:.2f} times torch.compile, "
+            f"{fused / scripted:.2f} times TorchScript."
+        )
+
+# %%
+# - TorchScript runs the naive version much as it is written, so its distance from the copy is the
+#   price of the extra trips that you counted above.
+# - ``torch.compile`` fuses the five operators for you. When it keeps up, that is good news: write
+#   a kernel by hand where it does not, or where you want to know why.
+# - On the left of the figure the matrix is small. Launching a kernel takes a few millionths of a
+#   second whatever it does, and there even the copy is held back by that.
+# - Narrow rows leave a program with little to load, and rows that a multiprocessor cannot hold in
+#   its registers spill to memory. One row a program is the simplest division of the work; it is
+#   not the best at every width.
+#
+# Exercises
+# ---------
+#
+# 1. Write ``log_softmax``. Which of the values that the kernel has at hand do you need? Check it
+#    against ``torch.log_softmax`` on rows that hold 1e4 and -1e4.
+# 2. Time bfloat16 at 256 columns, with as many rows as fill your GPU's memory. How far is it from
+#    the copy? Let each program load several rows as one two-dimensional block, and time it again.
+# 3. Change ``num_warps`` to 1 and to 32, and predict the figure before you look.
+#
+# References
+# ----------
+#
+# - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_,
+#   2018: how the bytes of a softmax are counted, and how to save a pass over a row.
+# - P. Tillet, H. T. Kung and D. Cox, `Triton: an intermediate language and compiler for tiled neural network computations <https://doi.org/10.1145/3315508.3329973>`_,
+#   2019: why programs work on blocks.
+# - The `documentation of Triton <https://triton-lang.org>`_, whose own tutorials take the same
+#   example.
