@@ -1,12 +1,16 @@
 """How Sphinx builds the site. ``make html`` runs it with ``docs/`` as the source folder."""
 
 import sys
+import warnings
 from pathlib import Path
 
 from sphinx_gallery.sorting import ExplicitOrder
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "docs" / "_ext"))
+
+# What PyTorch and Triton warn of concerns the machine, not the reader of a page.
+warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
 
 project = "Fast and Right"
 author = "The authors of Fast and Right"
@@ -39,6 +43,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "show_signature": False,
     "image_srcset": ["2x"],
+    "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
     "first_notebook_cell": "%pip install --quiet "
     + " ".join(

@@ -88,6 +88,14 @@ def test_a_lesson_shows_code_output_time_and_downloads(name):
 
 
 @pytest.mark.parametrize("name", LESSONS)
+def test_outputs_are_free_of_warnings_and_machine_paths(name):
+    outputs = " ".join(
+        block.text for block in lesson(name).select(".sphx-glr-script-out")
+    )
+    assert "Warning" not in outputs and "site-packages" not in outputs
+
+
+@pytest.mark.parametrize("name", LESSONS)
 def test_a_lesson_says_at_its_top_what_ran_it(name):
     note = lesson(name).select_one("h1 + .note").text
     assert ("built without a GPU" in note) == INTERPRET
