@@ -30,9 +30,7 @@ import os
 
 import torch
 
-INTERPRET = (
-    os.environ.get("TRITON_INTERPRET", "0") != "0" or not torch.cuda.is_available()
-)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRET else "cuda"
 os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
 
@@ -62,6 +60,7 @@ import triton.language as tl
 #
 # A program handles ``BLOCK`` consecutive elements. The last program may reach past the end of the
 # tensor, so loads and stores are masked; don't confuse this mask with dropout's, which is data.
+# Without ``other``, a masked load leaves its elements undefined, and here they are never stored.
 #
 # ``tl.where`` chooses. Multiplying by the mask would not do: an infinite element times 0 is NaN,
 # and dropping should leave nothing behind.
@@ -76,6 +75,7 @@ def dropout_kernel(
     inside = offsets < n_elements
     x = tl.load(x_ptr + offsets, mask=inside)
     x_keep = tl.load(x_keep_ptr + offsets, mask=inside)
+    # A Python float arrives as float32 unless annotated, which is too coarse for float64.
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     tl.store(y_ptr + offsets, tl.where(x_keep != 0, x * scale, 0.0), mask=inside)
@@ -179,8 +179,8 @@ print(tabulate(table, headers="keys", floatfmt=".4f"))
 # Is it right?
 # ------------
 #
-# A shape with an odd number of elements, a transposed input, a mask of each kind, and what is
-# dropped includes an infinity and a NaN. The reference is computed in float64.
+# Try an odd number of elements, a transposed input and masks of several dtypes, and drop an
+# infinity and a NaN. The reference is computed in float64.
 
 x = torch.randn(77, 53, device=DEVICE).T
 x[0, 0], x[0, 1] = float("inf"), float("nan")
@@ -214,7 +214,7 @@ print(tabulate(rows, headers=["", "dtype", "MiB"], floatfmt=".0f"))
 
 # %%
 # An int32 mask is twice as large as what it masks, and even PyTorch's, a byte for each element,
-# adds half. Of all those bits, one in an element says something.
+# adds half. Of the 8 or 32 bits for each element, one carries information.
 #
 # **Bytes moved.** Dropout reads :math:`x` and writes :math:`y`; the mask comes on top, and a
 # kernel this simple takes as long as its bytes take. The figure shows it. As before, the scale
@@ -264,7 +264,7 @@ def benchmark(n_elements, p, implementation):
         "copy": lambda: x.clone(),
     }[implementation]
     milliseconds = triton.testing.do_bench(run, return_mode="median")
-    return 2 * x.nbytes / milliseconds / 1e6
+    return 2 * x.nbytes / milliseconds / 1e6  # bytes per ms, as GB/s
 
 
 # %%
@@ -297,7 +297,8 @@ print("the same mask twice?", torch.equal(first, again))
 
 # %%
 # Activation checkpointing runs parts of the forward pass a second time, to save memory. If dropout
-# then draws another mask, the gradients are wrong, and nothing complains.
+# then draws another mask, the gradients are wrong, and nothing complains. That is why
+# ``torch.utils.checkpoint`` saves the generator's state each time, and puts it back.
 #
 # All three costs have one cause: the mask is *data*. In the next lesson, :ref:`seeded dropout`, it
 # becomes a function.

@@ -24,9 +24,9 @@ You need to know PyTorch. You need no CUDA.
 #
 # Every lesson starts with these lines. Triton compiles a kernel for the GPU in your machine. If
 # there is none, ``TRITON_INTERPRET=1`` has Triton's *interpreter* run the same kernel on the CPU,
-# one block at a time, with NumPy. That is slow, but it computes the same thing, so everything here
-# except the measurement works on any laptop with Linux. Triton reads the variable while it is
-# imported, so it has to be set first. You can set it yourself, too: in the interpreter a kernel
+# with NumPy, one piece at a time. That is slow, but it computes the same up to rounding, so
+# everything here except the measurement works on any laptop with Linux. Triton reads the variable
+# while it is imported, so it has to be set first. You can set it yourself, too: in the interpreter a kernel
 # is ordinary Python, and you may ``print`` in it.
 
 # sphinx_gallery_thumbnail_path = '_static/softmax_traffic.svg'
@@ -34,9 +34,7 @@ import os
 
 import torch
 
-INTERPRET = (
-    os.environ.get("TRITON_INTERPRET", "0") != "0" or not torch.cuda.is_available()
-)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRET else "cuda"
 os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
 
@@ -82,12 +80,21 @@ def naive_softmax(x):
 # The kernel
 # ----------
 #
-# You write a Triton kernel for one *program*. The launch starts many programs, the GPU runs them
-# side by side on its multiprocessors, and each finds out which one it is from
-# ``tl.program_id``. Here each program owns one row.
+# A GPU is a hundred or so small processors, its *multiprocessors*, in front of one large memory.
+# Each runs many *threads* at a time, and a thread keeps its values in *registers*, which cost next
+# to nothing to reach. Memory is far away.
 #
-# A program works on blocks of values, and the size of a block is a power of two. A row seldom is,
-# so the row is padded: ``mask`` is true for the columns that exist, and a masked load touches only
+# You write a Triton kernel for one *program*. The launch starts many programs, the
+# multiprocessors run them side by side, and each finds out which one it is from
+# ``tl.program_id``. Here each program owns one row. How its elements are divided among threads is
+# Triton's business.
+#
+# A tensor that you pass to a kernel arrives as a *pointer*, the address of its first element, and
+# a pointer plus a number is the address that many elements further on. ``tl.arange(0, BLOCK)`` is
+# the block of numbers 0, 1, ..., ``BLOCK - 1``. So ``x_ptr + row * x_row_stride + cols`` is a block
+# of addresses, those of one row, and ``tl.load`` fetches what they hold.
+#
+# The size of a block is a power of two. That of a row seldom is, so the row is padded: ``mask`` is true for the columns that exist, and a masked load touches only
 # those. The others receive ``-inf``, which can't be the maximum and whose exponential is 0, so
 # the padding vanishes from the result.
 
@@ -115,7 +122,7 @@ def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
 # Two things deserve a second look.
 #
 # - ``tl.exp`` is fast because it is approximate. For float32 it is the GPU's own instruction for
-#   powers of two, applied to ``x`` times log2(e): a few bits of the last place may differ from a
+#   powers of two, applied to ``x`` times log2(e): the last few bits may differ from a
 #   carefully rounded ``exp``. The check below shows how little of that reaches the result.
 # - ``BLOCK`` is a ``tl.constexpr``: the compiler knows its value, and compiles the kernel once for
 #   every value that you use.
@@ -125,8 +132,11 @@ def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
 #
 # The function that you call prepares the launch. It picks the block, the next power of two at or
 # above the number of columns, and the number of *warps*, the groups of 32 threads among which the
-# program's elements are divided. More warps keep more loads in flight; fewer leave each thread
-# more work of its own.
+# program's elements are divided. With few warps, a thread has many elements to hold in its
+# registers; with many, the threads spend more time on combining their results.
+#
+# ``softmax_kernel[grid](...)`` launches the kernel. The *grid* is a tuple that says how many
+# programs to start, here one for each row. The arguments follow as in any call.
 
 
 def softmax(x):
@@ -192,23 +202,24 @@ def softmax(x):
 # Is it right?
 # ------------
 #
-# Choose a shape that a careless kernel gets wrong: 1823 rows and 781 columns, neither a power of
-# two nor a multiple of one. ``assert_close`` raises an error, and so stops this page from being
-# built, if any element differs by more than rounding explains.
+# Choose a shape that a careless kernel gets wrong: 1823 rows and 781 columns, both odd, so that
+# no block fits. ``assert_close`` raises an error, and so stops this page from being built, if an
+# element differs by more than rounding explains. Its default tolerance would let an absolute error
+# of 1e-5 pass, which is large beside elements of about 1/781; here only the relative error counts.
 
 torch.manual_seed(0)
 x = torch.randn(1823, 781, device=DEVICE)
 y = softmax(x)
 reference = torch.softmax(x, dim=-1)
-torch.testing.assert_close(y, reference)
+torch.testing.assert_close(y, reference, rtol=1e-5, atol=0)
 
 exact = torch.softmax(x.double(), dim=-1)
 print(f"largest error of this kernel:   {(y - exact).abs().max():.1e}")
 print(f"largest error of torch.softmax: {(reference - exact).abs().max():.1e}")
 
 # %%
-# The errors are against softmax in float64. The approximate exponential does not show: both are
-# within the rounding of float32.
+# The errors are against softmax in float64. Both are rounding errors of float32; on a GPU,
+# ours includes the approximate exponential. (The interpreter uses NumPy's.)
 #
 # The last dimension is what counts, whatever stands before it and however the tensor lies in
 # memory:
@@ -230,7 +241,7 @@ print("a row of -inf in torch:", torch.softmax(no_choice, dim=-1).tolist())
 # -----------
 #
 # ``perf_report`` runs a function over a range of sizes, once for each line of a figure. The five
-# lines do the same work on the same data: this kernel, ``torch.softmax``, the naive version
+# lines take matrices of the same size: this kernel, ``torch.softmax``, the naive version
 # compiled in two ways, and a copy. The copy also reads and writes each element once, and computes
 # nothing: it is the limit. The scale counts the bytes that *must* move, :math:`2MN` elements, over
 # the time taken, so a version that moves more shows up lower.
@@ -273,7 +284,7 @@ MACHINE = (
 )
 def benchmark(n_rows, n_cols, implementation):
     x = torch.randn(n_rows, n_cols, device=DEVICE)
-    torch.compiler.reset()  # let torch.compile compile for this width alone
+    torch.compiler.reset()  # forget other widths, or torch.compile gives up
     run = {
         "fused": softmax,
         "torch": lambda x: torch.softmax(x, dim=-1),
@@ -282,12 +293,11 @@ def benchmark(n_rows, n_cols, implementation):
         "copy": torch.clone,
     }[implementation]
     milliseconds = triton.testing.do_bench(lambda: run(x), return_mode="median")
-    return 2 * x.nbytes / milliseconds / 1e6
+    return 2 * x.nbytes / milliseconds / 1e6  # bytes per ms, as GB/s
 
 
 # %%
-# Only a GPU is worth timing. The interpreter takes a thousand times as long, and its time says
-# nothing about the kernel.
+# Only a GPU is worth timing: the time that the interpreter takes says nothing about the kernel.
 
 if __name__ == "__main__":
     if not INTERPRET:
@@ -323,16 +333,16 @@ if __name__ == "__main__" and not INTERPRET:
 #   a kernel by hand where it does not, or where you want to know why.
 # - On the left of the figure the matrix is small. Launching a kernel takes a few millionths of a
 #   second whatever it does, and there even the copy is held back by that.
-# - Narrow rows leave a program with little to load, and rows that a multiprocessor cannot hold in
-#   its registers spill to memory. One row a program is the simplest division of the work; it is
-#   not the best at every width.
+# - Narrow rows leave a program with little to load. Just above a power of two, almost half of the
+#   block is padding. And far beyond the figure, a row no longer fits into the registers. One row a
+#   program is the simplest division of the work; it is not the best at every width.
 #
 # Exercises
 # ---------
 #
 # 1. Write ``log_softmax``. Which of the values that the kernel has at hand do you need? Check it
 #    against ``torch.log_softmax`` on rows that hold 1e4 and -1e4.
-# 2. Time bfloat16 at 256 columns, with as many rows as fill your GPU's memory. How far is it from
+# 2. Time bfloat16 at 256 columns, with as many rows as fill a quarter of your GPU's memory. How far is it from
 #    the copy? Let each program load several rows as one two-dimensional block, and time it again.
 # 3. Change ``num_warps`` to 1 and to 32, and predict the figure before you look.
 #

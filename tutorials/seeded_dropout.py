@@ -31,9 +31,7 @@ import os
 
 import torch
 
-INTERPRET = (
-    os.environ.get("TRITON_INTERPRET", "0") != "0" or not torch.cuda.is_available()
-)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRET else "cuda"
 os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
 
@@ -44,15 +42,15 @@ import triton.language as tl
 # Random numbers without a state
 # ------------------------------
 #
-# The generators that you know keep a state, and each number that you draw moves it forward. The
-# millionth number comes after 999,999 others, which is no good to a GPU, where a hundred thousand
-# threads want theirs at the same time.
+# A classic generator, such as PyTorch's on the CPU, keeps a state, and each number that you draw
+# moves it forward. The millionth number comes after 999,999 others. That does not suit a GPU, where
+# a hundred thousand threads want theirs at the same time.
 #
 # A *counter-based* generator has no state. It is a function: a seed and an index go in, a random
 # number comes out, and the millionth is as quick to get as the first. Triton's is Philox (Salmon
-# et al., 2011). It takes the index for a message and the seed for a key, and encrypts, in ten
-# rounds of multiplying and mixing that leave no pattern which known tests could find. Out come
-# four words of 32 bits.
+# et al., 2011). It encrypts the index with the seed as the key, in ten rounds of
+# multiplying and mixing, after which standard tests find no pattern. Out come four words of 32
+# bits. (PyTorch uses it on the GPU, too, and keeps as its state how far it has counted.)
 #
 # .. image:: /_static/philox.svg
 #    :alt: Seed and index enter ten rounds of Philox, four random words come out, one of them becomes a number u between 0 and 1, and u is compared with p to keep or drop.
@@ -73,11 +71,12 @@ import triton.language as tl
 def seeded_dropout_kernel(
     y_ptr, x_ptr, n_elements, p, scale: tl.float64, seed, BLOCK: tl.constexpr
 ):
-    # In 64 bits: with 32, element 2^32 would repeat the random number of element 0.
+    # In 64 bits: in 32, positions from 2^31 on would wrap around to negative ones.
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n_elements
     x = tl.load(x_ptr + offsets, mask=inside)
     keep = tl.rand(seed, offsets) >= p
+    # A Python float arrives as float32 unless annotated, which is too coarse for float64.
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     tl.store(y_ptr + offsets, tl.where(keep, x * scale, 0.0), mask=inside)
@@ -202,9 +201,8 @@ assert not torch.equal(mask, seeded_dropout(ones, p, seed=8) != 0)
 
 # %%
 # Second, by what must hold on average. Of n elements, n·(1 - p) should be kept, give or take some
-# multiple of the standard deviation, the root of n·p·(1 - p). Beyond five standard deviations a
-# sound generator strays less than once in a million runs, so a check with this bound is not a
-# matter of luck:
+# multiple of the standard deviation, the root of n·p·(1 - p). A sound generator
+# strays beyond five of them for fewer than one seed in a million:
 
 n = 10_000
 for p in (0.1, 0.5, 0.9):
@@ -216,6 +214,10 @@ for p in (0.1, 0.5, 0.9):
     print(f"p = {p}: kept {kept} of {n}, {deviations:+.1f} deviations off the mean")
 
 # %%
+# The mean alone proves little: keeping every second element would pass at p = 0.5. So the tests of
+# this site also compare every decision with another implementation of Philox, and that with the
+# known answers that its authors published.
+#
 # What it saves, and what it costs
 # --------------------------------
 #
@@ -261,7 +263,7 @@ def benchmark(n_elements, p, dtype, implementation):
         "copy": lambda: x.clone(),
     }[implementation]
     milliseconds = triton.testing.do_bench(run, return_mode="median")
-    return 2 * x.nbytes / milliseconds / 1e6
+    return 2 * x.nbytes / milliseconds / 1e6  # bytes per ms, as GB/s
 
 
 # %%
@@ -286,8 +288,8 @@ if __name__ == "__main__":
 # %%
 # If the count of bytes were the whole story, both dtypes would reach the copy. Where this kernel
 # falls short, memory is not what holds it back: the arithmetic is. Ten rounds of Philox are some
-# hundred instructions for each element, whether the element is 4 bytes or 2, and half the bytes
-# leave half the time to hide them in. Note the waste, too: each call computes four random words,
+# hundred instructions for each element, whether the element is 4 bytes or 2, and with half
+# the bytes there is half the time to hide them in. Note the waste, too: each call computes four random words,
 # and ``tl.rand`` keeps one.
 #
 # Moving fewer bytes is a promise; only a measurement shows whether it is kept.
@@ -302,7 +304,8 @@ if __name__ == "__main__":
 # 3. Write a kernel that projects vectors with a sparse Johnson-Lindenstrauss transform: multiply
 #    by a random matrix of mostly zeros whose entries are drawn from a seed where they are needed,
 #    and never stored.
-# 4. Use all four words: let each program draw with ``tl.rand4x`` for a quarter of its elements.
+# 4. Use all four words: let each program call ``tl.rand4x`` with a quarter as many offsets as it
+#    has elements.
 #    What do the figures become?
 #
 # References

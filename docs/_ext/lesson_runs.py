@@ -38,14 +38,12 @@ def record(app):
 
 def made_with(app):
     """What the outputs depend on, other than the scripts."""
-    interpret = (
-        os.environ.get("TRITON_INTERPRET", "0") != "0" or not torch.cuda.is_available()
-    )
+    on_gpu = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
     settings = hashlib.sha256()
     for name in ("conf.py", "requirements.txt"):
         settings.update((Path(app.confdir) / name).read_bytes())
     return {
-        "gpu": None if interpret else torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if on_gpu else None,
         "versions": {name: version(name) for name in PACKAGES},
         "settings": settings.hexdigest(),
     }
