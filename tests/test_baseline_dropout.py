@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from baseline_dropout import DEVICE, dropout
+from baseline_dropout import DEVICE, INTERPRET, dropout
 
 INTEGERS = [
     getattr(torch, name)
@@ -73,8 +73,50 @@ def test_dropped_infinities_become_zero(dtype):
     assert dropout(x, x_keep, 0.5).tolist() == [0, 0, 0, math.inf]
 
 
+@pytest.mark.parametrize(
+    ("mask_dtype", "values"),
+    [
+        (torch.int8, [-128, -1, 2]),
+        (torch.uint8, [2, 128, 255]),
+        (torch.int16, [256, -(2**15), 2]),
+        (torch.int32, [2**16, -(2**31), 2]),
+        (torch.int64, [2**32, -(2**63), 2]),
+    ],
+    ids=str,
+)
+def test_anything_but_zero_keeps(mask_dtype, values):
+    x_keep = torch.tensor([0, *values], dtype=mask_dtype, device=DEVICE)
+    assert dropout(torch.ones(4, device=DEVICE), x_keep, 0.5).tolist() == [0, 2, 2, 2]
+
+
+def test_float64_is_scaled_in_float64(randn):
+    x = randn(100, dtype=torch.float64)
+    y = dropout(x, torch.ones(100, dtype=torch.bool, device=DEVICE), 0.1)
+    torch.testing.assert_close(y, x / (1 - 0.1), rtol=2**-51, atol=0)
+
+
+@pytest.mark.skipif(INTERPRET, reason="the interpreter cuts bfloat16 off")
+def test_bfloat16_is_rounded_to_the_nearest(randn):
+    x = randn(1000, dtype=torch.bfloat16)
+    y = dropout(x, torch.ones(1000, dtype=torch.bool, device=DEVICE), 0.1)
+    assert torch.equal(y, (x.float() * torch.tensor(1 / 0.9, device=DEVICE)).bfloat16())
+
+
+def test_negated_view():
+    x = torch.tensor([1 + 2j], device=DEVICE).conj().imag
+    assert x.is_neg() and x.is_contiguous()
+    assert dropout(x, torch.tensor([True], device=DEVICE), 0.5).item() == -4
+
+
+def test_parameters_are_accepted_where_no_gradient_is_asked_for(randn):
+    x, x_keep = torch.nn.Parameter(randn(9)), keep_mask(9)
+    with torch.no_grad():
+        torch.testing.assert_close(dropout(x, x_keep, 0.4), reference(x, x_keep, 0.4))
+
+
 def test_p_of_one_gives_zeros(randn):
     x = randn(100)
+    x[:3] = torch.tensor([math.inf, -math.inf, math.nan])
     assert not dropout(x, torch.zeros(100, dtype=torch.bool, device=DEVICE), 1).any()
     assert not dropout(x, torch.ones(100, dtype=torch.bool, device=DEVICE), 1.0).any()
 
@@ -92,7 +134,7 @@ def test_the_page_prints_this_table():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a tensor, got list"),
+        ({"x": [1.0]}, TypeError, "x must be a dense tensor, got list"),
         (
             {"x": torch.ones(3, dtype=torch.int32)},
             TypeError,
@@ -100,7 +142,22 @@ def test_the_page_prints_this_table():
         ),
         ({"x": torch.ones(3, requires_grad=True)}, ValueError, "requires a gradient"),
         ({"x": torch.ones(4)}, ValueError, r"x's shape, \(4,\), got \(3,\)"),
-        ({"x_keep": [1, 0, 1]}, TypeError, "x_keep must be a tensor, got list"),
+        ({"x_keep": [1, 0, 1]}, TypeError, "x_keep must be a dense tensor, got list"),
+        (
+            {"x_keep": torch.ones(3, dtype=torch.complex64)},
+            TypeError,
+            "x_keep must be bool",
+        ),
+        (
+            {"x": torch.ones(3).to_sparse()},
+            TypeError,
+            "x must be a dense tensor, got torch.sparse",
+        ),
+        (
+            {"x": torch.ones(1, 3), "x_keep": torch.ones(3, 1) > 0},
+            ValueError,
+            "x_keep must have",
+        ),
         ({"x_keep": torch.ones(3)}, TypeError, "x_keep must be bool or an integer"),
         (
             {"x_keep": torch.ones(1, dtype=torch.bool)},

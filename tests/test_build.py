@@ -202,3 +202,19 @@ def test_a_machine_that_cannot_serve_gets_a_sentence(tmp_path, module, text, sen
         PYTHONPATH=str(tmp_path),
     )
     assert status != 0 and sentence in output
+
+
+def test_triton_imported_too_early_gets_a_sentence():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT / "tutorials")}
+    process = subprocess.run(
+        [sys.executable, "-c", "import triton, fused_softmax"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (
+        "restart Python: Triton was imported before TRITON_INTERPRET=1"
+        in process.stderr
+    )

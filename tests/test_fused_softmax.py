@@ -5,12 +5,20 @@ import pytest
 import torch
 from fused_softmax import DEVICE, INTERPRET, naive_softmax, softmax
 
-# Half a unit in the last place of a result near 1, and a few units of the arithmetic on the way.
+# Relative. Half a unit in the last place of the result (a whole one in the interpreter, which cuts
+# bfloat16 off), and a few units of the arithmetic on the way.
 TOLERANCE = {
-    torch.float16: 2**-11,
-    torch.bfloat16: 2**-8,
-    torch.float32: 2**-21,
-    torch.float64: 2**-50,
+    torch.float16: 2**-11 + 2**-20,
+    torch.bfloat16: (2**-7 if INTERPRET else 2**-8) + 2**-20,
+    torch.float32: 2**-20,
+    torch.float64: 2**-48,
+}
+# Below these, results are denormal and only their distance counts.
+TINY = {
+    torch.float16: 2**-24,
+    torch.bfloat16: 2**-126,
+    torch.float32: 2**-126,
+    torch.float64: 2**-1022,
 }
 
 
@@ -18,11 +26,11 @@ def check(x):
     y = softmax(x)
     assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous()
     exact = torch.softmax(x.cpu().double(), dim=-1)
-    # The relative error grows with the distance to the maximum, which exp multiplies it by.
-    tolerance = TOLERANCE[x.dtype]
-    torch.testing.assert_close(
-        y.cpu().double(), exact, rtol=16 * tolerance, atol=tolerance
-    )
+    error = (y.cpu().double() - exact).abs()
+    # Rounding x - max is magnified by exp: a relative error for every unit of distance.
+    distance = (x.cpu().double() - x.cpu().double().amax(-1, keepdim=True)).abs()
+    magnified = distance * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    assert (error <= exact * (TOLERANCE[x.dtype] + magnified) + TINY[x.dtype]).all()
 
 
 @pytest.mark.parametrize(
@@ -84,20 +92,43 @@ def test_same_bits_twice(randn):
     assert torch.equal(softmax(x), softmax(x))
 
 
-def test_naive_softmax(randn):
-    x = randn(4, 33, dtype=torch.float64)
+@pytest.mark.parametrize("shape", [(4, 33), (2, 3, 5), (7,)])
+def test_naive_softmax(randn, shape):
+    x = 1e4 * randn(*shape, dtype=torch.float64)
     torch.testing.assert_close(naive_softmax(x), torch.softmax(x, dim=-1))
+
+
+def test_negated_views():
+    z = torch.randn(4, 6, dtype=torch.complex64, device=DEVICE)
+    torch.testing.assert_close(softmax(z.conj().imag), torch.softmax(-z.imag, dim=-1))
+    negated = z.conj().imag.as_strided((11,), (1,))
+    assert negated.is_neg() and negated.is_contiguous()
+    torch.testing.assert_close(softmax(negated), torch.softmax(negated, dim=-1))
+
+
+def test_parameters_are_accepted_where_no_gradient_is_asked_for(randn):
+    x = torch.nn.Parameter(randn(3, 5))
+    with torch.no_grad():
+        check(x)
+    with torch.inference_mode():
+        check(x)
+
+
+def test_widest_row_that_is_accepted():
+    y = softmax(torch.zeros(1, 2**20, device=DEVICE))
+    assert torch.equal(y, torch.full_like(y, 2**-20))
 
 
 @pytest.mark.parametrize(
     ("x", "error", "message"),
     [
-        ([1.0, 2.0], TypeError, "x must be a tensor, got list"),
-        (np.ones(3), TypeError, "x must be a tensor, got ndarray"),
+        ([1.0, 2.0], TypeError, "x must be a dense tensor, got list"),
+        (np.ones(3), TypeError, "x must be a dense tensor, got ndarray"),
         (torch.ones(3, dtype=torch.int64), TypeError, "got torch.int64"),
         (torch.ones(3, dtype=torch.bool), TypeError, "got torch.bool"),
         (torch.ones(3, dtype=torch.complex64), TypeError, "got torch.complex64"),
         (torch.ones(3).to(torch.float8_e5m2), TypeError, "got torch.float8_e5m2"),
+        (torch.ones(3).to_sparse(), TypeError, "got torch.sparse_coo"),
         (torch.tensor(1.0), ValueError, "at least one dimension"),
         (torch.empty(2, 3, device="meta"), ValueError, "device type"),
         (torch.ones(3, requires_grad=True), ValueError, "requires a gradient"),
@@ -143,10 +174,6 @@ def test_more_than_2_to_the_31_elements():
 
 
 @pytest.mark.gpu
-def test_more_than_2_to_the_31_programs_are_refused():
-    with pytest.raises(ValueError, match="rows"):
-        softmax(torch.empty(2**31, 1, device=DEVICE, dtype=torch.float16))
-
-
-def test_interpreted_without_a_gpu():
-    assert INTERPRET or torch.cuda.is_available()
+def test_as_many_rows_as_are_accepted():
+    y = softmax(torch.zeros(2**31 - 1, 1, device=DEVICE, dtype=torch.float16))
+    assert y.min() == 1 and y.max() == 1

@@ -27,11 +27,16 @@ You need to know PyTorch. You need no CUDA.
 # sphinx_gallery_thumbnail_path = '_static/dropout_mask.svg'
 import numbers
 import os
+import sys
 
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRET else "cuda"
+if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1" and "triton" in sys.modules:
+    raise ImportError(
+        "restart Python: Triton was imported before TRITON_INTERPRET=1 was set"
+    )
 os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
 
 import triton
@@ -81,6 +86,11 @@ def dropout_kernel(
     tl.store(y_ptr + offsets, tl.where(x_keep != 0, x * scale, 0.0), mask=inside)
 
 
+MASK_DTYPES = [torch.bool]
+MASK_DTYPES += [torch.int8, torch.int16, torch.int32, torch.int64]
+MASK_DTYPES += [torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+
+
 def dropout(x, x_keep, p):
     """Drop elements of ``x`` where ``x_keep`` is 0; scale the others by 1 / (1 - p).
 
@@ -90,11 +100,11 @@ def dropout(x, x_keep, p):
         Any shape and strides, on the GPU (on the CPU when Triton interprets); float16,
         bfloat16, float32 or float64.
     x_keep : torch.Tensor
-        The mask: same shape and device as ``x``; bool or any integer dtype. 0 drops,
+        The mask: same shape and device as ``x``; bool or an integer dtype of 8 to 64 bits. 0 drops,
         anything else keeps.
     p : float
         The probability of dropping that the mask was drawn with, in [0, 1]. With 1 the
-        result is 0 everywhere, as in ``torch.nn.functional.dropout``.
+        result is 0 everywhere, whatever the mask.
 
     Returns
     -------
@@ -115,13 +125,14 @@ def dropout(x, x_keep, p):
     overfitting", 2014.
     """
     for name, tensor in [("x", x), ("x_keep", x_keep)]:
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            got = getattr(tensor, "layout", type(tensor).__name__)
+            raise TypeError(f"{name} must be a dense tensor, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
             f"x must be float16, bfloat16, float32 or float64, got {x.dtype}"
         )
-    if x_keep.is_floating_point() or x_keep.is_complex():
+    if x_keep.dtype not in MASK_DTYPES:
         raise TypeError(f"x_keep must be bool or an integer dtype, got {x_keep.dtype}")
     if not isinstance(p, numbers.Real):
         raise TypeError(f"p must be a number, got {type(p).__name__}")
@@ -140,15 +151,16 @@ def dropout(x, x_keep, p):
         raise ValueError(
             "x requires a gradient, which dropout does not compute; pass x.detach()"
         )
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
+    p = float(p)
+    if x.numel() == 0 or p == 1:
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
-    scale = 1 / (1 - float(p)) if p < 1 else 0.0
+    x = x.resolve_neg().contiguous()  # z.conj().imag negates only when read
+    y = torch.empty_like(x)
     BLOCK = 1024
     with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
         dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            y, x.contiguous(), x_keep.contiguous(), x.numel(), scale, BLOCK
+            y, x, x_keep.contiguous(), x.numel(), 1 / (1 - p), BLOCK
         )
     return y
 

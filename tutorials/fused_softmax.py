@@ -30,12 +30,18 @@ You need to know PyTorch. You need no CUDA.
 # is ordinary Python, and you may ``print`` in it.
 
 # sphinx_gallery_thumbnail_path = '_static/softmax_traffic.svg'
+import math
 import os
+import sys
 
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRET else "cuda"
+if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1" and "triton" in sys.modules:
+    raise ImportError(
+        "restart Python: Triton was imported before TRITON_INTERPRET=1 was set"
+    )
 os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
 
 import triton
@@ -163,8 +169,9 @@ def softmax(x):
         If ``x`` has no dimension, is on another device, is wider than 2^20 columns, has
         2^31 rows or more, or requires a gradient, which this kernel does not compute.
     """
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        got = getattr(x, "layout", type(x).__name__)
+        raise TypeError(f"x must be a dense tensor, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(
             f"x must be float16, bfloat16, float32 or float64, got {x.dtype}"
@@ -177,22 +184,24 @@ def softmax(x):
         raise ValueError(
             "x requires a gradient, which softmax does not compute; pass x.detach()"
         )
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
-
     n_cols = x.shape[-1]
-    rows = x.reshape(-1, n_cols)
-    if n_cols > 2**20 or len(rows) >= 2**31:
+    n_rows = math.prod(x.shape[:-1])
+    if n_cols > 2**20 or n_rows >= 2**31:
         raise ValueError(
             f"x must have at most 2^20 columns and 2^31 - 1 rows, got {tuple(x.shape)}"
         )
+
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return y
+    # Some views, as z.conj().imag, negate only when they are read.
+    rows = x.resolve_neg().reshape(n_rows, n_cols)
     if rows.stride(1) != 1:
         rows = rows.contiguous()  # neighbours in a row must be neighbours in memory
     BLOCK = triton.next_power_of_2(n_cols)
     num_warps = min(max(BLOCK // 1024, 1), 32)  # about 32 elements a thread
     with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
-        softmax_kernel[(len(rows),)](
+        softmax_kernel[(n_rows,)](
             y, rows, rows.stride(0), n_cols, BLOCK, num_warps=num_warps
         )
     return y
