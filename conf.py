@@ -46,9 +46,7 @@ sphinx_gallery_conf = {
     "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
     "first_notebook_cell": "%pip install --quiet "
-    + " ".join(
-        (ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]
-    ),
+    + " ".join((ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]),
 }
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

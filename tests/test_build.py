@@ -139,9 +139,7 @@ def test_an_interrupted_build_is_repaired_by_the_next(project):
 
     project.write("second", "two")
     assert set(project.ran()) >= {"first", "second"}
-    assert "changed" in project.page("first") and "changed" not in project.page(
-        "second"
-    )
+    assert "changed" in project.page("first") and "changed" not in project.page("second")
 
 
 def make(*arguments, **environment):
@@ -164,9 +162,7 @@ def test_make_alone_lists_the_targets():
 
 def test_no_python_gets_a_sentence(tmp_path):
     status, output = make("html", f"VENV={tmp_path}/venv", "PYTHON=python-of-dreams")
-    assert (
-        status != 0 and "python-of-dreams was not found. Install Python 3.11" in output
-    )
+    assert status != 0 and "python-of-dreams was not found. Install Python 3.11" in output
 
 
 def test_an_old_python_gets_a_sentence(tmp_path):
@@ -215,6 +211,5 @@ def test_triton_imported_too_early_gets_a_sentence():
         check=False,
     )
     assert (
-        "restart Python: Triton was imported before TRITON_INTERPRET=1"
-        in process.stderr
+        "restart Python: Triton was imported before TRITON_INTERPRET=1" in process.stderr
     )

@@ -33,9 +33,7 @@ def check(x):
     assert (error <= exact * (TOLERANCE[x.dtype] + magnified) + TINY[x.dtype]).all()
 
 
-@pytest.mark.parametrize(
-    "n_cols", [1, 2, 3, 31, 32, 33, 127, 128, 129, 781, 1024, 4097]
-)
+@pytest.mark.parametrize("n_cols", [1, 2, 3, 31, 32, 33, 127, 128, 129, 781, 1024, 4097])
 def test_widths(randn, dtype, n_cols):
     check(randn(3, n_cols, dtype=dtype))
 
@@ -74,9 +72,7 @@ def test_large_values(randn):
     check(torch.full((2, 7), 3e38, device=DEVICE))
 
 
-@pytest.mark.filterwarnings(
-    "ignore:invalid value:RuntimeWarning"
-)  # NumPy, interpreting
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy, interpreting
 def test_special_values(dtype):
     inf, nan = math.inf, math.nan
     x = torch.tensor(

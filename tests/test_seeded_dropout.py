@@ -172,9 +172,7 @@ def test_p_just_below_one():
 
 def test_numbers_of_numpy(function):
     mask = kept(100, 0.5, 123, function=function)
-    assert torch.equal(
-        kept(100, np.float32(0.5), np.int64(123), function=function), mask
-    )
+    assert torch.equal(kept(100, np.float32(0.5), np.int64(123), function=function), mask)
 
 
 def test_float64_is_scaled_in_float64(randn, function):
@@ -195,9 +193,7 @@ def test_negated_view(function):
     x = torch.tensor([1 + 2j], device=DEVICE).conj().imag
     assert x.is_neg() and x.is_contiguous()
     assert function(x, 0, 3).item() == -2
-    kept_seed = next(
-        seed for seed in range(20) if kept(1, 0.5, seed, function=function)
-    )
+    kept_seed = next(seed for seed in range(20) if kept(1, 0.5, seed, function=function))
     assert function(x, 0.5, kept_seed).item() == -4
 
 
@@ -272,9 +268,7 @@ def test_keep_rate(p, seed):
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_four_neighbours_show_every_pattern_as_often_as_they_should(p, shift):
     keep = many(p, 2024)[shift : shift + N - 4].reshape(-1, 4)
-    pattern = (keep * torch.tensor([1, 2, 4, 8], device=DEVICE, dtype=torch.int8)).sum(
-        1
-    )
+    pattern = (keep * torch.tensor([1, 2, 4, 8], device=DEVICE, dtype=torch.int8)).sum(1)
     counts = torch.bincount(pattern, minlength=16).cpu().double()
     bits = torch.tensor([bin(i).count("1") for i in range(16)])
     expected = len(keep) * (1 - p) ** bits * p ** (4 - bits)
@@ -282,9 +276,7 @@ def test_four_neighbours_show_every_pattern_as_often_as_they_should(p, shift):
     assert chi_squared < 60  # 15 degrees of freedom exceed 57.4 once in a million
 
 
-@pytest.mark.parametrize(
-    ("seed", "other"), [(0, 1), (123, 512), (5, 5 + 2**32), (-1, 1)]
-)
+@pytest.mark.parametrize(("seed", "other"), [(0, 1), (123, 512), (5, 5 + 2**32), (-1, 1)])
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_masks_of_two_seeds_agree_by_chance_only(p, seed, other):
     chance = p**2 + (1 - p) ** 2
@@ -419,7 +411,8 @@ def test_more_than_2_to_the_32_elements():
 def test_more_than_2_to_the_34_elements():
     """Element 2^34 of seeded_dropout4x is the first that needs the counter's second word."""
     n, p, seed = 2**34 + 2**20, 0.5, 123
-    if torch.cuda.mem_get_info()[0] < 4.5 * n:
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 4.2 * n:
         pytest.skip("needs 72 GiB of GPU memory")
     y = seeded_dropout4x(torch.ones(n, device=DEVICE, dtype=torch.float16), p, seed)
     for first in (2**31, 2**32, 2**34):

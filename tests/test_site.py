@@ -19,8 +19,7 @@ if not SITE.exists():
     pytest.skip("needs the built site: make html", allow_module_level=True)
 
 PAGES = {
-    path: BeautifulSoup(path.read_text(), "html.parser")
-    for path in SITE.rglob("*.html")
+    path: BeautifulSoup(path.read_text(), "html.parser") for path in SITE.rglob("*.html")
 }
 
 
@@ -171,13 +170,8 @@ def test_notebook_runs_alone_in_an_empty_folder(name, tmp_path, monkeypatch):
         "PIP_NO_INDEX", "1"
     )  # the packages are there; change no version of them
     nb = notebook(name)
-    nbclient.NotebookClient(nb, kernel_name="python3", timeout=600).execute(
-        cwd=tmp_path
-    )
+    nbclient.NotebookClient(nb, kernel_name="python3", timeout=600).execute(cwd=tmp_path)
     outputs = [
-        output
-        for cell in nb.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
+        output for cell in nb.cells if cell.cell_type == "code" for output in cell.outputs
     ]
     assert any(output.output_type == "stream" for output in outputs)

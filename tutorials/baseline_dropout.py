@@ -28,19 +28,23 @@ You need to know PyTorch. You need no CUDA.
 import numbers
 import os
 import sys
+from datetime import date
 
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRET else "cuda"
-if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1" and "triton" in sys.modules:
-    raise ImportError(
-        "restart Python: Triton was imported before TRITON_INTERPRET=1 was set"
-    )
-os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
+if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import triton
 import triton.language as tl
+
+gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
+print(MACHINE)
 
 # %%
 # Why scale what stays
@@ -100,8 +104,8 @@ def dropout(x, x_keep, p):
         Any shape and strides, on the GPU (on the CPU when Triton interprets); float16,
         bfloat16, float32 or float64.
     x_keep : torch.Tensor
-        The mask: same shape and device as ``x``; bool or an integer dtype of 8 to 64 bits. 0 drops,
-        anything else keeps.
+        The mask: same shape and device as ``x``; bool or an integer dtype of 8 to 64
+        bits. 0 drops, anything else keeps.
     p : float
         The probability of dropping that the mask was drawn with, in [0, 1]. With 1 the
         result is 0 everywhere, whatever the mask.
@@ -129,9 +133,7 @@ def dropout(x, x_keep, p):
             got = getattr(tensor, "layout", type(tensor).__name__)
             raise TypeError(f"{name} must be a dense tensor, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(
-            f"x must be float16, bfloat16, float32 or float64, got {x.dtype}"
-        )
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x_keep.dtype not in MASK_DTYPES:
         raise TypeError(f"x_keep must be bool or an integer dtype, got {x_keep.dtype}")
     if not isinstance(p, numbers.Real):
@@ -231,13 +233,6 @@ print(tabulate(rows, headers=["", "dtype", "MiB"], floatfmt=".0f"))
 # **Bytes moved.** Dropout reads :math:`x` and writes :math:`y`; the mask comes on top, and a
 # kernel this simple takes as long as its bytes take. The figure shows it. As before, the scale
 # counts only the bytes that must move, :math:`x` and :math:`y`, and the copy is the limit.
-
-from datetime import date
-
-gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
-MACHINE = (
-    f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
-)
 
 
 @triton.testing.perf_report(

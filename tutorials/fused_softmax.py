@@ -26,26 +26,32 @@ You need to know PyTorch. You need no CUDA.
 # there is none, ``TRITON_INTERPRET=1`` has Triton's *interpreter* run the same kernel on the CPU,
 # with NumPy, one piece at a time. That is slow, but it computes the same up to rounding, so
 # everything here except the measurement works on any laptop with Linux. Triton reads the variable
-# while it is imported, so it has to be set first. You can set it yourself, too: in the interpreter a kernel
-# is ordinary Python, and you may ``print`` in it.
+# while it is imported, so it has to be set first. You can set it yourself, too: in the interpreter
+# a kernel is ordinary Python, and you may ``print`` in it.
+#
+# The line that is printed says what ran this page.
 
 # sphinx_gallery_thumbnail_path = '_static/softmax_traffic.svg'
 import math
 import os
 import sys
+from datetime import date
 
 import torch
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRET else "cuda"
-if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1" and "triton" in sys.modules:
-    raise ImportError(
-        "restart Python: Triton was imported before TRITON_INTERPRET=1 was set"
-    )
-os.environ["TRITON_INTERPRET"] = str(int(INTERPRET))
+if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import triton
 import triton.language as tl
+
+gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
+print(MACHINE)
 
 # %%
 # Counting the bytes
@@ -173,9 +179,7 @@ def softmax(x):
         got = getattr(x, "layout", type(x).__name__)
         raise TypeError(f"x must be a dense tensor, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(
-            f"x must be float16, bfloat16, float32 or float64, got {x.dtype}"
-        )
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.ndim == 0:
         raise ValueError("x must have at least one dimension, got a 0-d tensor")
     if x.device.type != DEVICE:
@@ -255,14 +259,7 @@ print("a row of -inf in torch:", torch.softmax(no_choice, dim=-1).tolist())
 # nothing: it is the limit. The scale counts the bytes that *must* move, :math:`2MN` elements, over
 # the time taken, so a version that moves more shows up lower.
 
-from datetime import date
-
 from tabulate import tabulate
-
-gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
-MACHINE = (
-    f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
-)
 
 
 @triton.testing.perf_report(

@@ -74,10 +74,7 @@ def after_the_lessons(app):
 
 def say_what_ran_it(app, doctree):
     docname = app.env.docname
-    if (
-        docname != app.config.root_doc
-        and Path(docname).parent.name != gallery(app).name
-    ):
+    if docname != app.config.root_doc and Path(docname).parent.name != gallery(app).name:
         return
     made = json.loads(record(app).read_text())
     versions = "torch {torch} and triton {triton}".format(**made["versions"])

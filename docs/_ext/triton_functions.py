@@ -6,9 +6,7 @@ import inspect
 def signature(app, what, name, obj, options, signature, return_annotation):
     if hasattr(obj, "fn"):
         parameters = [
-            p.replace(
-                annotation=p.empty, default=getattr(p.default, "value", p.default)
-            )
+            p.replace(annotation=p.empty, default=getattr(p.default, "value", p.default))
             for p in inspect.signature(obj.fn).parameters.values()
         ]
         return str(inspect.Signature(parameters)), None
