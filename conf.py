@@ -35,7 +35,13 @@ sphinx_gallery_conf = {
     "gallery_dirs": "tutorials",
     # The reading order. A lesson that is not named here comes last.
     "within_subsection_order": ExplicitOrder(
-        ["fused_softmax.py", "baseline_dropout.py", "seeded_dropout.py", "*"]
+        [
+            "fused_softmax.py",
+            "baseline_dropout.py",
+            "seeded_dropout.py",
+            "checkpointed_dropout.py",
+            "*",
+        ]
     ),
     "filename_pattern": "",
     "download_all_examples": False,

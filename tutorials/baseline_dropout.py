@@ -305,7 +305,8 @@ print("the same mask twice?", torch.equal(first, again))
 # %%
 # Activation checkpointing runs parts of the forward pass a second time, to save memory. If dropout
 # then draws another mask, the gradients are wrong, and nothing complains. That is why
-# ``torch.utils.checkpoint`` saves the generator's state each time, and puts it back.
+# ``torch.utils.checkpoint`` saves the generator's state each time, and puts it back. The lesson on
+# :ref:`checkpointed dropout` shows the failure, and a dropout that cannot fail so.
 #
 # All three costs have one cause: the mask is *data*. In the next lesson, :ref:`seeded dropout`, it
 # becomes a function.
