@@ -164,6 +164,13 @@ def test_threshold_of_4x_is_compared_exactly():
             assert torch.equal(keep, words >= round(p * 2**32))
 
 
+def test_threshold_of_4x_is_rounded_to_the_nearest():
+    word = philox_words(123, 0, 1)[0, 0].item()
+    for fraction, keeps in [(-0.6, True), (0.0, True), (0.4, True), (0.6, False)]:
+        p = (word + fraction) / 2**32
+        assert kept(1, p, 123, function=seeded_dropout4x).item() == keeps
+
+
 def test_p_just_below_one():
     p = 1 - Fraction(1, 10**30)  # a number, and 1.0 as a float
     for function in (seeded_dropout, seeded_dropout4x):
@@ -236,9 +243,11 @@ def test_shapes(randn, function, shape):
     assert torch.equal(y, torch.where(keep.reshape(shape).to(DEVICE), 2 * x, 0.0))
 
 
-def test_layouts(randn, function, layout):
+@pytest.mark.parametrize("p", [0, 0.5, 1])
+def test_layouts(randn, function, layout, p):
     x = randn(13, 17)
-    assert torch.equal(function(layout(x), 0.5, 5), function(x, 0.5, 5))
+    y = function(layout(x), p, 5)
+    assert y.is_contiguous() and torch.equal(y, function(x, p, 5))
     row = x[:1].expand(13, 17)
     assert torch.equal(function(row, 0.5, 5), function(row.clone(), 0.5, 5))
 
@@ -298,10 +307,10 @@ def test_a_mask_agrees_with_itself_shifted_by_chance_only(shift):
 
 def test_gradient_is_the_mask_again(randn, dtype):
     x = randn(33, 31, dtype=dtype).requires_grad_()
-    y = seeded_dropout4x(x, 0.25, 7)
+    y = seeded_dropout4x(x, 1 / 3, 7)
     gradient = randn(33, 31, dtype=dtype)
     y.backward(gradient)
-    assert torch.equal(x.grad, seeded_dropout4x(gradient, 0.25, 7))
+    assert torch.equal(x.grad, seeded_dropout4x(gradient, 1 / 3, 7))
 
 
 @pytest.mark.parametrize("p", [0, 0.3, 1])
@@ -340,7 +349,8 @@ def test_simple_kernel_refuses_a_gradient():
 def test_operator_keeps_its_promises(randn, dtype):
     x = randn(6, 7, dtype=dtype)
     for sample in (x, x.T, x[:0], x.clone().requires_grad_()):
-        torch.library.opcheck(seeded_dropout4x_op, (sample, 0.5, 7))
+        for p in (0.0, 0.5, 1.0):
+            torch.library.opcheck(seeded_dropout4x_op, (sample, p, 7))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

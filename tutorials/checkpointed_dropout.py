@@ -226,7 +226,7 @@ def seeded_dropout4x(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Ten
         return x.clone(memory_format=torch.contiguous_format)
     if threshold == 2**32 or x.numel() == 0:
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    x = x.resolve_neg().contiguous()
+    x = x.contiguous()
     y = torch.empty_like(x)
     BLOCK = 1024
     with torch.cuda.device_of(x):

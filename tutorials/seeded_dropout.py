@@ -7,7 +7,7 @@ Dropout with a seed
 :ref:`baseline dropout` stores a mask as large as its input. But a mask is only a list of random
 decisions, and those can be computed again at any time, by anyone who knows the seed. In this
 lesson the mask becomes one integer: nothing is stored, nothing extra is read, and the same seed
-gives the same result on every machine.
+gives the same mask on every machine.
 
 You will learn
 
@@ -73,8 +73,8 @@ print(MACHINE)
 # ----------
 #
 # Compare this with the kernel of :ref:`baseline dropout`: the load of the mask has become a call
-# of ``tl.rand``. The index of an element is its place in the tensor, so the mask depends on the
-# seed and the place alone: not on ``BLOCK``, not on the GPU, not on how many programs there are.
+# of ``tl.rand``. The index of an element is its place in the tensor, so the mask depends on p,
+# the seed and the place alone: not on ``BLOCK``, not on the GPU, not on how many programs there are.
 
 
 @triton.jit
@@ -190,9 +190,12 @@ headers = ["input", "seed 123", "seed 123", "seed 512"]
 print(tabulate(torch.stack(columns, dim=1).tolist(), headers, floatfmt=".4f"))
 
 # %%
-# Seed 123 drops the same elements both times; seed 512 drops others. Nothing was stored in between
-# but the integer 123, and that is all that a backward pass needs, too: it runs the same kernel
+# Seed 123 drops the same elements both times; seed 512 drops a different set. Nothing was stored in between
+# but the integer 123, and, with p, that is all that a backward pass needs: it runs the same kernel
 # with the same seed on the incoming gradient.
+#
+# Two masks are independent when their seeds differ, so each layer and each step of a training run
+# needs a seed of its own. The lesson on :ref:`checkpointed dropout` hands them out.
 #
 # Is it right?
 # ------------
@@ -225,8 +228,8 @@ for p in (0.1, 0.5, 0.9):
 
 # %%
 # The mean alone proves little: keeping every second element would pass at p = 0.5. So the tests of
-# this site also compare every decision with another implementation of Philox, and that with the
-# known answers that its authors published.
+# this site also compare masks, decision by decision, with another implementation of Philox, and
+# Triton's Philox with the known answers that its authors published.
 #
 # Is it fast?
 # -----------
@@ -234,7 +237,7 @@ for p in (0.1, 0.5, 0.9):
 # Between forward and backward the mask of :ref:`baseline dropout` held at least a byte for each
 # element. This one holds 8 bytes, whatever the size, and the kernel moves what must be moved and
 # nothing else: :math:`x` in, :math:`y` out. It ought to be as fast as a copy, and faster than
-# ``torch.nn.functional.dropout``, which writes a mask as well. Measure whether it is. The table
+# ``torch.nn.functional.dropout``, which writes a mask as well. Is it? Measure. The table
 # shows picoseconds (millionths of a microsecond) for each of 2^28 elements.
 
 from torch.nn.functional import dropout
@@ -260,19 +263,21 @@ elif __name__ == "__main__":
 # %%
 # If bytes were the whole story, the last column would equal the first. Look at bfloat16, the dtype
 # that most networks train in. It halves the bytes, and the copy takes half the time. Does this
-# kernel?
+# kernel? Is it even as fast as ``F.dropout``, which draws with Philox, too, and moves more?
 #
 # Count the arithmetic
 # --------------------
 #
 # A round of Philox multiplies twice, keeping all 64 bits of each product, and mixes the halves with
-# exclusive-ors. In ten rounds that is twenty wide multiplications and as many mixing instructions.
+# exclusive-ors, of which a GPU does two in one instruction. In ten rounds that is twenty wide
+# multiplications and as many mixing instructions.
 # ``tl.rand`` runs all of them for each element, takes one of the four words, and throws three away.
 # Against that stand 8 bytes that move for an element of float32, and 4 for one of bfloat16.
 #
 # Which takes longer? Time each alone. A copy moves bytes and computes nothing. The kernel below
 # draws, and moves next to nothing: each program combines its words into a single one and stores
-# that, so that the compiler can't leave the work out.
+# that, so that the compiler can't leave the work out. (``tl.randint4x`` returns all four words as
+# integers; ``tl.xor_sum`` combines those of a block.)
 
 
 @triton.jit
@@ -299,24 +304,26 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # A kernel draws and moves at the same time, so it takes about as long as the slower of the two. Where
 # drawing takes as long as moving 8 bytes, float32 is at the crossover, and bfloat16, with 4, is
-# beyond it: its kernel waits for arithmetic, not for memory. Moving fewer bytes was a promise.
-# What keeps it is the second line: use all four words, and each element carries a quarter of the
-# work.
+# beyond it: its kernel waits for arithmetic, not for memory. Moving fewer bytes promised
+# speed. The second line shows how to keep the promise: use all four words, as ``F.dropout`` does,
+# and an element costs about a quarter of the work. Where that is less than moving 4 bytes, both
+# dtypes wait for memory again, as they should.
 #
 # All four words
 # --------------
 #
 # **Element i is kept when word i mod 4 of Philox, with the seed as key and the counter ⌊i / 4⌋, is
-# at least p · 2³², rounded to an integer.** This sentence defines the mask. It speaks of the seed and
-# the index, and of nothing else: not of the block size, the launch, the dtype, the GPU, the memory
-# layout, or how a tensor was cut.
+# at least p · 2³², rounded to an integer.** This sentence defines the mask. It speaks of p,
+# the seed and the index, and of nothing else: not of the block size, the launch, the dtype, the GPU
+# or the memory layout.
 #
 # The words are compared as integers, which saves turning them into floating-point numbers. Rounding
 # changes the share of dropped elements by no more than 2⁻³³, about 1.2e-10. To notice that you would
-# have to count some 10^19 elements.
+# have to count some 10^19 elements, unless p itself is that close to 0 or 1.
 #
 # ``tl.interleave(a, b)`` is a0, b0, a1, b1, and so on; nested, it puts the words in the order of
-# the elements.
+# the elements: the inner calls give w0, w2, w0, w2, ... and w1, w3, w1, w3, ..., and the outer one
+# w0, w1, w2, w3, w0, and so on.
 
 
 @triton.jit
@@ -343,7 +350,7 @@ def seeded_dropout4x_kernel(
 #
 # For a given seed dropout is linear: each element is multiplied by 0 or by 1 / (1 - p), and so is its
 # gradient. The backward pass is the forward pass, run on the incoming gradient with the same seed,
-# and it needs nothing else from the forward pass.
+# and it needs nothing but p and the seed.
 #
 # To tell PyTorch so, register the launch as an *operator*. ``custom_op`` makes it opaque, so that
 # ``torch.compile`` doesn't try to look inside; ``register_fake`` says what comes out, without
@@ -357,7 +364,7 @@ def seeded_dropout4x_op(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
         return x.clone(memory_format=torch.contiguous_format)
     if threshold == 2**32 or x.numel() == 0:
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    x = x.resolve_neg().contiguous()
+    x = x.contiguous()
     y = torch.empty_like(x)
     BLOCK = 1024
     with torch.cuda.device_of(x):
@@ -386,10 +393,11 @@ seeded_dropout4x_op.register_autograd(backward, setup_context=keep_p_and_seed)
 def seeded_dropout4x(x, p, seed):
     """Drop elements of ``x`` with probability p, and scale the others by 1 / (1 - p).
 
-    Differentiable, also twice, and usable under ``torch.compile``. Element i, counted in
-    row-major order whatever the memory layout, is kept when word i mod 4 of Philox4x32
-    with ten rounds, the seed as key and the counter i // 4, is at least p * 2^32, rounded
-    to an integer. (``seeded_dropout`` uses the words in another order: its masks differ.)
+    Differentiable in reverse mode, also twice, and usable under ``torch.compile``.
+    Element i, counted in row-major order whatever the memory layout, is kept when word
+    i mod 4 of Philox4x32 with ten rounds, the seed as key and the counter i // 4, is at
+    least p * 2^32, rounded to an integer. (``seeded_dropout`` uses one word, of the
+    counter i: its masks differ.)
 
     Parameters
     ----------
@@ -397,8 +405,8 @@ def seeded_dropout4x(x, p, seed):
         Any shape and strides, on the GPU (on the CPU when Triton interprets); float16,
         bfloat16, float32 or float64.
     p : float
-        The probability of dropping an element, in [0, 1], rounded to a multiple of 2^-32.
-        0 returns a copy of ``x``, bit for bit; 1 returns zeros.
+        The probability of dropping an element, in [0, 1], rounded to a multiple of
+        2^-32. 0 returns a copy of ``x``, bit for bit; 1 returns zeros.
     seed : int
         Any integer of 64 bits, signed or unsigned: from -2^63 to 2^64 - 1. A negative
         seed is the same as that seed plus 2^64.
@@ -465,15 +473,15 @@ print(torch.library.opcheck(seeded_dropout4x_op, (x, 0.5, 7)))
 )
 def memory_benchmark(n_elements, layers, implementation):
     layer = {
-        "seeded4x": lambda y: seeded_dropout4x(y, 0.1, seed=123),
-        "torch": lambda y: dropout(y, 0.1),
-        "mask": lambda y: y * (torch.rand_like(y) >= 0.1).int() / (1 - 0.1),
+        "seeded4x": lambda y, i: seeded_dropout4x(y, 0.1, seed=i),
+        "torch": lambda y, i: dropout(y, 0.1),
+        "mask": lambda y, i: y * (torch.rand_like(y) >= 0.1).int() / (1 - 0.1),
     }[implementation]
     x = torch.randn(n_elements, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     before = torch.cuda.memory_allocated()
     y = x
-    for _ in range(layers):
-        y = layer(y)
+    for i in range(layers):
+        y = layer(y, i)
     return (torch.cuda.memory_allocated() - before - y.nbytes) / 2**20
 
 
@@ -489,8 +497,8 @@ if __name__ == "__main__" and not INTERPRET:
 # How fast is it now?
 # -------------------
 #
-# The same measurement as at first, over all sizes, with both kernels and with ``F.dropout`` as
-# ``torch.compile`` makes it.
+# The same measurement as at first, as GB/s of :math:`x` and :math:`y`, over all sizes, with both
+# kernels and with ``F.dropout`` as ``torch.compile`` makes it.
 
 
 @triton.testing.perf_report(
@@ -543,7 +551,8 @@ if __name__ == "__main__" and not INTERPRET:
         n_elements, seeded4x, seeded, torch_dropout, compiled, copy = speed.iloc[-1]
         print(
             f"\nAt {n_elements:.0f} elements seeded_dropout4x reaches "
-            f"{seeded4x / copy:.0%} of the copy.\nThat is {seeded4x / seeded:.2f} times seeded_dropout, "
+            f"{seeded4x / copy:.0%} of the copy.\nThat is "
+            f"{seeded4x / seeded:.2f} times seeded_dropout, "
             f"{seeded4x / torch_dropout:.2f} times F.dropout, "
             f"{seeded4x / compiled:.2f} times torch.compile.\n"
         )
@@ -565,12 +574,19 @@ if __name__ == "__main__" and not INTERPRET:
                 x.clone,
             ]
             rows.append([dtype, p, *(picoseconds(run, n) for run in runs)])
-    headers = ["ps an element", "p", "backward = forward", "PyTorch's backward", "copy"]
+    headers = [
+        "ps an element",
+        "p",
+        "seeded_dropout4x, either pass",
+        "PyTorch's backward",
+        "copy",
+    ]
     print(tabulate(rows, headers, floatfmt=("", ".1f", ".2f", ".2f", ".2f")))
 
 # %%
-# On the left of the figures all lines meet. A small kernel is over in a few microseconds, and what
-# counts is how long the CPU takes to launch it. An operator in Python takes longer than one in C++:
+# On the left of the figures all lines meet, at the few microseconds that any kernel takes. What the
+# figures do not show is how long the CPU takes to launch it, because the GPU is kept busy meanwhile.
+# In a program of small kernels that counts, and an operator in Python takes longer than one in C++:
 
 if __name__ == "__main__" and not INTERPRET:
     x = torch.randn(1024, device=DEVICE)
@@ -583,7 +599,8 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{name}: {min(times) * 1e3:.0f} microseconds of the CPU for a call")
 
 # %%
-# A GPU that is kept busy hides this time. Where small calls are many, CUDA graphs do.
+# A GPU that is kept busy hides this time. CUDA graphs hide it as well, but mind that they freeze the
+# seed, too: every replay would draw the same mask. Load the seed in the kernel for them.
 #
 # Why ten rounds? Seven are the fewest with which Philox passes the tests of its paper, and would
 # cost less. But once drawing takes less time than moving, fewer rounds make nothing faster, and ten
