@@ -65,11 +65,8 @@ html_static_path = ["docs/_static"]
 html_css_files = ["site.css"]
 html_favicon = "docs/_static/favicon.svg"
 html_show_sourcelink = False
-html_sidebars = {
-    "index": [],
-    "install": [],
-    "reference/*": [],
-}  # the lessons have a list beside them
+# Only the lessons have a list beside them.
+html_sidebars = {"index": [], "install": [], "reference/*": []}
 html_math_renderer = "mathml"
 html_theme_options = {
     "logo": {

@@ -163,6 +163,13 @@ def test_layers_workers_and_runs_draw_different_masks():
     assert len({tuple(module(x).tolist()) for module in modules}) == 4
 
 
+def test_module_made_on_another_device_keeps_its_seed(randn):
+    x = randn(100)
+    with torch.device("meta"):
+        module = SeededDropout(0.5)
+    assert torch.equal(module(x), SeededDropout(0.5)(x))
+
+
 def test_eval_is_the_identity(randn):
     module, x = SeededDropout(0.5).eval(), randn(10)
     assert module(x) is x

@@ -162,7 +162,7 @@ def check_replay(function, *inputs, **options):
         If ``function`` does not return a tensor.
     """
     outputs = []
-    scale = torch.ones((), requires_grad=True)
+    scale = torch.ones((), device="cpu", requires_grad=True)  # adds no device to save
 
     def recorded(scale, *inputs):
         output = function(*inputs)
@@ -420,7 +420,7 @@ class SeededDropout(torch.nn.Module):
             raise ValueError(f"p must be in [0, 1], got {p}")
         self.p, self.layer, self.worker, self.run = float(p), layer, worker, run
         # No buffer: it stays on the CPU when the module moves, and is quick to read.
-        self.seed = torch.tensor(seed_for(run, worker, layer, 0))
+        self.seed = torch.tensor(seed_for(run, worker, layer, 0), device="cpu")
 
     def forward(self, x):
         return seeded_dropout4x(x, self.p, self.seed) if self.training else x

@@ -270,9 +270,9 @@ elif __name__ == "__main__":
 #
 # A round of Philox multiplies twice, keeping all 64 bits of each product, and mixes the halves with
 # exclusive-ors, of which a GPU does two in one instruction. In ten rounds that is twenty wide
-# multiplications and as many mixing instructions.
-# ``tl.rand`` runs all of them for each element, takes one of the four words, and throws three away.
-# Against that stand 8 bytes that move for an element of float32, and 4 for one of bfloat16.
+# multiplications and as many mixing instructions. ``tl.rand`` runs all of them for each element,
+# takes one of the four words, and throws three away. Against that stand 8 bytes that move for an
+# element of float32, and 4 for one of bfloat16.
 #
 # Which takes longer? Time each alone. A copy moves bytes and computes nothing. The kernel below
 # draws, and moves next to nothing: each program combines its words into a single one and stores

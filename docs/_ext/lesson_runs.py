@@ -40,7 +40,7 @@ def made_with(app):
     """What the outputs depend on, other than the scripts."""
     on_gpu = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
     settings = hashlib.sha256()
-    for name in ("conf.py", "requirements.txt"):
+    for name in ("conf.py", "requirements.txt", "docs/_ext/figures.py"):
         settings.update((Path(app.confdir) / name).read_bytes())
     return {
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
