@@ -7,13 +7,15 @@ Fused softmax
 A softmax needs very little arithmetic. What it costs is trips to memory, and PyTorch's operators
 make more of them than they must when you write softmax by hand. In this lesson you write one GPU
 kernel that makes a single trip, check it against PyTorch, and measure how close it comes to a
-plain copy of the same bytes, which is as fast as memory goes.
+plain copy of the same bytes, which is as fast as memory goes. Then you let the measurements lead you
+to a softmax that holds that speed from narrow rows to rows of a million columns, forward and backward.
 
 You will learn
 
 - how to count the bytes that an operation moves, and to read the count as a limit on its speed;
 - how a Triton kernel works on a row of any length with blocks that are powers of two;
-- how to check a kernel on an awkward shape, and how to measure it beside its physical limit.
+- how to check a kernel on an awkward shape, and how to measure it beside its physical limit;
+- how programs can share a row that none of them could hold.
 
 You need to know PyTorch. You need no CUDA.
 """
@@ -35,6 +37,7 @@ You need to know PyTorch. You need no CUDA.
 import math
 import os
 import sys
+import timeit
 from datetime import date
 
 import torch
@@ -139,75 +142,30 @@ def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
 # - ``BLOCK`` is a ``tl.constexpr``: the compiler knows its value, and compiles the kernel once for
 #   every value that you use.
 #
-# The function around it
-# ----------------------
+# Launch it
+# ---------
 #
-# The function that you call prepares the launch. It picks the block, the next power of two at or
-# above the number of columns, and the number of *warps*, the groups of 32 threads among which the
-# program's elements are divided. With few warps, a thread has many elements to hold in its
-# registers; with many, the threads spend more time on combining their results.
+# The launch needs a block, the next power of two at or above the number of columns, and the number
+# of *warps*, the groups of 32 threads among which the program's elements are divided. With few warps,
+# a thread has many elements to hold in its registers; with many, the threads spend more time on
+# combining their results. 64 bytes for each thread is a good start.
 #
 # ``softmax_kernel[grid](...)`` launches the kernel. The *grid* is a tuple that says how many
 # programs to start, here one for each row. The arguments follow as in any call.
 
 
-def softmax(x):
-    """Softmax over the last dimension, in one pass over memory.
+def warps(n_bytes):
+    """As many warps as give each thread 64 bytes, from 1 to the 32 that a program may have."""
+    return min(max(n_bytes // (32 * 64), 1), 32)
 
-    Parameters
-    ----------
-    x : torch.Tensor
-        Shape (..., columns) with up to 2^20 columns and any strides, on the GPU (on the
-        CPU when Triton interprets); float16, bfloat16, float32 or float64.
 
-    Returns
-    -------
-    torch.Tensor
-        Contiguous, with the shape and dtype of ``x``. Sums are formed in float32
-        (float64 for float64). As with ``torch.softmax``, a row that holds a NaN or
-        +inf, or nothing but -inf, becomes NaN.
-
-    Raises
-    ------
-    TypeError
-        If ``x`` is no tensor of one of these dtypes.
-    ValueError
-        If ``x`` has no dimension, is on another device, is wider than 2^20 columns, has
-        2^31 rows or more, or requires a gradient, which this kernel does not compute.
-    """
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
-        got = getattr(x, "layout", type(x).__name__)
-        raise TypeError(f"x must be a dense tensor, got {got}")
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.ndim == 0:
-        raise ValueError("x must have at least one dimension, got a 0-d tensor")
-    if x.device.type != DEVICE:
-        raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "x requires a gradient, which softmax does not compute; pass x.detach()"
-        )
-    n_cols = x.shape[-1]
-    n_rows = math.prod(x.shape[:-1])
-    if n_cols > 2**20 or n_rows >= 2**31:
-        raise ValueError(
-            f"x must have at most 2^20 columns and 2^31 - 1 rows, got {tuple(x.shape)}"
-        )
-
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.numel() == 0:
-        return y
-    # Some views, as z.conj().imag, negate only when they are read.
-    rows = x.resolve_neg().reshape(n_rows, n_cols)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()  # neighbours in a row must be neighbours in memory
-    BLOCK = triton.next_power_of_2(n_cols)
-    num_warps = min(max(BLOCK // 1024, 1), 32)  # about 32 elements a thread
-    with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
-        softmax_kernel[(n_rows,)](
-            y, rows, rows.stride(0), n_cols, BLOCK, num_warps=num_warps
-        )
+def row_softmax(x):
+    """Softmax of the rows of a contiguous matrix ``x``, each by a program of its own."""
+    y = torch.empty_like(x)
+    BLOCK = triton.next_power_of_2(x.shape[1])
+    softmax_kernel[(len(x),)](
+        y, x, x.stride(0), x.shape[1], BLOCK, num_warps=warps(BLOCK * x.element_size())
+    )
     return y
 
 
@@ -222,7 +180,7 @@ def softmax(x):
 
 torch.manual_seed(0)
 x = torch.randn(1823, 781, device=DEVICE)
-y = softmax(x)
+y = row_softmax(x)
 reference = torch.softmax(x, dim=-1)
 torch.testing.assert_close(y, reference, rtol=1e-5, atol=0)
 
@@ -234,32 +192,22 @@ print(f"largest error of torch.softmax: {(reference - exact).abs().max():.1e}")
 # The errors are against softmax in float64. Both are rounding errors of float32; on a GPU,
 # ours includes the approximate exponential. (The interpreter uses NumPy's.)
 #
-# The last dimension is what counts, whatever stands before it and however the tensor lies in
-# memory:
-
-batch = torch.randn(2, 3, 5, 130, device=DEVICE)
-torch.testing.assert_close(softmax(batch), torch.softmax(batch, dim=-1))
-transposed = torch.randn(100, 33, device=DEVICE).T
-torch.testing.assert_close(softmax(transposed), torch.softmax(transposed, dim=-1))
-
-no_choice = torch.full((1, 4), -float("inf"), device=DEVICE)
-print("a row of -inf here:    ", softmax(no_choice).tolist())
-print("a row of -inf in torch:", torch.softmax(no_choice, dim=-1).tolist())
-
-# %%
-# A row of nothing but ``-inf`` has no maximum to subtract: ``-inf - -inf`` is NaN, here as in
-# PyTorch. Attention masks that hide every key end up there.
-#
 # Is it fast?
 # -----------
 #
-# ``perf_report`` runs a function over a range of sizes, once for each line of a figure. The five
-# lines take matrices of the same size: this kernel, ``torch.softmax``, the naive version
-# compiled in two ways, and a copy. The copy also reads and writes each element once, and computes
+# ``perf_report`` runs a function over a range of sizes, once for each line of a figure. The four
+# lines take matrices of the same size: this kernel, ``torch.softmax``, the naive version as
+# TorchScript runs it, and a copy. The copy also reads and writes each element once, and computes
 # nothing: it is the limit. The scale counts the bytes that *must* move, :math:`2MN` elements, over
 # the time taken, so a version that moves more shows up lower.
 
 from tabulate import tabulate
+
+
+def speed_of(run, n_bytes):
+    """GB/s of ``run()`` if it moved ``n_bytes``."""
+    milliseconds = triton.testing.do_bench(run, return_mode="median")
+    return n_bytes / milliseconds / 1e6
 
 
 @triton.testing.perf_report(
@@ -267,18 +215,11 @@ from tabulate import tabulate
         x_names=["n_cols"],
         x_vals=[128 * i for i in range(2, 100)],
         line_arg="implementation",
-        line_vals=["fused", "torch", "compile", "jit", "copy"],
-        line_names=[
-            "this kernel",
-            "torch.softmax",
-            "naive, torch.compile",
-            "naive, torch.jit.script",
-            "copy",
-        ],
+        line_vals=["fused", "torch", "jit", "copy"],
+        line_names=["this kernel", "torch.softmax", "naive, torch.jit.script", "copy"],
         styles=[
             ("#d55e00", "-"),
             ("#0072b2", "-"),
-            ("#009e73", "-"),
             ("#cc79a7", "-"),
             ("#555555", "--"),
         ],
@@ -290,16 +231,13 @@ from tabulate import tabulate
 )
 def benchmark(n_rows, n_cols, implementation):
     x = torch.randn(n_rows, n_cols, device=DEVICE)
-    torch.compiler.reset()  # forget other widths, or torch.compile gives up
     run = {
-        "fused": softmax,
+        "fused": row_softmax,
         "torch": lambda x: torch.softmax(x, dim=-1),
-        "compile": torch.compile(naive_softmax, dynamic=False),
         "jit": torch.jit.script(naive_softmax),
         "copy": torch.clone,
     }[implementation]
-    milliseconds = triton.testing.do_bench(lambda: run(x), return_mode="median")
-    return 2 * x.nbytes / milliseconds / 1e6  # bytes per ms, as GB/s
+    return speed_of(lambda: run(x), 2 * x.nbytes)
 
 
 # %%
@@ -310,47 +248,648 @@ if __name__ == "__main__":
         speed = benchmark.run(show_plots=True, return_df=True)
         table = speed[speed.n_cols % 1536 == 0]
         print(tabulate(table, headers="keys", floatfmt=".0f", showindex=False))
+        n_cols, fused, torch_softmax, scripted, copy = speed.iloc[-1]
+        print(
+            f"\nAt {n_cols:.0f} columns this kernel reaches {fused / copy:.0%} of the copy: "
+            f"{fused / torch_softmax:.2f} times torch.softmax,\n"
+            f"{fused / scripted:.2f} times the naive version."
+        )
     else:
-        print("No figure: speed is measured on a GPU only, and this run had none.")
+        print("No figures: speed is measured on a GPU only, and this run had none.")
 
 # %%
-# What the figure says
-# --------------------
+# The distance of TorchScript from the copy is the price of the extra trips that you counted above.
+# Whatever is missing between the kernel and the copy is all that a better kernel could still gain.
+# On the left of the figure the matrix is small. Launching a kernel takes a few millionths of a
+# second whatever it does, and there even the copy is held back by that.
 #
-# Look first at how close the kernel comes to the copy: whatever is missing there is all that a
-# better kernel could still gain. Then look at what the unfused operators lose.
+# Where it loses
+# --------------
+#
+# So are we done? The figure shows one dtype and a narrow range of widths. Look further: half the
+# bytes for each element, rows from 256 to 131072 columns, always 2^28 elements, so that no launch
+# is short. The scale is now the share of the copy's speed.
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["n_cols"],
+        x_vals=[256, 512, 1024, 2048, 4096, 5000, 8192, 16384, 32768, 65536, 131072],
+        x_log=True,
+        line_arg="dtype",
+        line_vals=[torch.float32, torch.bfloat16],
+        line_names=["float32", "bfloat16"],
+        styles=[("#d55e00", "-"), ("#d55e00", ":")],
+        xlabel=f"columns, one row a program\n{MACHINE}",
+        ylabel="% of a copy",
+        plot_name="softmax-row",
+        args={"n_elements": 2**28},
+    )
+)
+def row_benchmark(n_elements, n_cols, dtype):
+    x = torch.randn(n_elements // n_cols, n_cols, device=DEVICE, dtype=dtype)
+    copy = speed_of(lambda: x.clone(), 2 * x.nbytes)
+    return 100 * speed_of(lambda: row_softmax(x), 2 * x.nbytes) / copy
+
 
 if __name__ == "__main__" and not INTERPRET:
-    narrow, wide = speed.iloc[0], speed.iloc[-1]
-    for row in (narrow, wide):
-        n_cols, fused, torch_softmax, compiled, scripted, copy = row
+    share = row_benchmark.run(show_plots=True, return_df=True)
+    print(tabulate(share, headers="keys", floatfmt=".0f", showindex=False))
+
+# %%
+# Three things go wrong.
+#
+# - **Narrow rows.** A row of 256 columns in bfloat16 is 512 bytes. A program that loads so little
+#   spends its short life on starting, on combining what its threads found, and on ending.
+# - **5000 columns in bfloat16.** A thread moves 16 bytes at once if the compiler knows that they begin
+#   at a multiple of 16. Triton checks each integer that you pass and compiles a kernel of its own
+#   for multiples of 16. 5000 is none, so every element is loaded alone.
+# - **Wide rows.** A multiprocessor has 256 KiB of registers. A row that does not fit spills over into
+#   memory, and is moved again and again.
+#
+# Several rows a tile
+# -------------------
+#
+# The first two need small changes. A program may take a *tile* of several rows: ``rows`` becomes a
+# column of numbers and ``cols`` a row, and their sum is a two-dimensional block of addresses, by the
+# same broadcasting as in PyTorch. The reductions run along axis 1.
+#
+# For the second, find the largest power of two, up to 16 bytes, that divides the width and the
+# stride: ``ALIGN`` elements. Pass both divided by it. The kernel multiplies them again,
+# and from a product with ``ALIGN`` the compiler sees that each row begins at a multiple.
+
+
+@triton.jit
+def to_arithmetic(x):
+    """float16 and bfloat16 are too coarse to add up in."""
+    return x.to(tl.float32) if x.dtype.primitive_bitwidth < 32 else x
+
+
+@triton.jit
+def softmax_tile_kernel(
+    y_ptr, x_ptr, n_rows, x_row_stride, n_cols,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    x_row_stride *= ALIGN
+    n_cols *= ALIGN
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    mask = cols < n_cols
+    # The last tile may reach beyond the last row: it reads that row again, and stores it once.
+    x_ptrs = x_ptr + tl.minimum(rows, n_rows - 1) * x_row_stride + cols
+    x = to_arithmetic(tl.load(x_ptrs, mask=mask, other=-float("inf")))
+    numerator = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+    denominator = tl.sum(numerator, axis=1, keep_dims=True)
+    y_ptrs = y_ptr + rows * n_cols + cols
+    tl.store(y_ptrs, numerator / denominator, mask=mask & (rows < n_rows))
+
+
+# %%
+# A function that one kernel calls, as ``to_arithmetic``, is marked with ``triton.jit``, too, and
+# becomes part of the kernel.
+#
+# Slices of a row
+# ---------------
+#
+# A row that no program can hold is cut into *slices*, and each program takes one. Softmax needs the
+# row's maximum and sum, though, and a program knows only its own slice: :math:`m_i`, the largest of
+# its elements, and :math:`s_i`, the sum of their :math:`e^{x - m_i}`. That is enough. A sum that was
+# formed with one maximum is turned into a sum with another by a factor (Milakov and Gimelshein, 2018):
+#
+# .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
+#
+# But a slice can be finished only when all slices of its row have been read. Reading everything once for
+# the sums and once more for the result takes three trips instead of two: at best two thirds of the
+# copy's speed.
+#
+# Unless the second read is not a trip. Between the multiprocessors and the memory lies a cache, *L2*,
+# of some ten megabytes, which keeps what was used last. So read a slice for the second time
+# soon after the first. In the launch below, program t does two things: it reads slice t and writes its
+# two numbers down, and it finishes slice t - ``lag``, which an earlier program has read. By then
+# the row's other slices have been read as well, and this slice is still in the cache.
+#
+# .. image:: /_static/softmax_slices.svg
+#    :alt: A strip of slices in the order of reading. Program t reads slice t from memory and finishes slice t minus lag, which is read again, from the cache. The slices in between were read once and are still in the cache.
+#
+# Two questions remain. *What if the numbers that a program needs aren't there yet?* Then it waits.
+# Every word of ``stats`` starts as ``NOT_YET``, all bits set, which as a floating-point number is one
+# of the many NaNs. A program reads its row's numbers again until no word is ``NOT_YET``. So each
+# number is its own flag, and no order of writing has to be enforced. (A result that happens to be that NaN is
+# replaced by another.) ``volatile`` forbids to reuse what an earlier load brought.
+#
+# *Can they all wait for each other, for ever?* They could if programs waited for programs that cannot
+# start until someone ends. So each takes a *ticket* as it starts: ``atomic_add`` returns the next
+# number, and no two programs get the same. A program waits only for slices with smaller
+# tickets, and those were taken by programs that have started already. Of all programs that are running,
+# the one with the smallest ticket waits for nobody. It ends, then the next can: whatever else
+# runs on the GPU, and in whatever order programs are started, all of them finish.
+
+NOT_YET = tl.constexpr(-1)
+
+
+@triton.jit
+def load_slice(
+    ptr, t, exists, row_stride, n_cols, OTHER: tl.constexpr, POLICY: tl.constexpr,
+    SLICES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    cols = t % SLICES * BLOCK + tl.arange(0, BLOCK)
+    ptrs = ptr + (t // SLICES).to(tl.int64) * row_stride + cols
+    mask = (cols < n_cols) & exists
+    return to_arithmetic(tl.load(ptrs, mask=mask, other=OTHER, eviction_policy=POLICY))
+
+
+@triton.jit
+def publish(ptr, number, exists):
+    word = number.to(ptr.dtype.element_ty, bitcast=True)
+    tl.store(ptr, tl.where(word == NOT_YET, NOT_YET - 1, word), mask=exists)
+
+
+@triton.jit
+def wait_for(ptr, n_words, BLOCK: tl.constexpr):
+    # BLOCK is at least the number of threads: each word is read by one of them alone, so
+    # that they cannot disagree about it.
+    words = tl.arange(0, BLOCK)
+    found = tl.load(ptr + words, mask=words < n_words, other=0, volatile=True)
+    while tl.min((found != NOT_YET).to(tl.int32), axis=0) == 0:
+        found = tl.load(ptr + words, mask=words < n_words, other=0, volatile=True)
+    return found
+
+
+@triton.jit
+def softmax_slice_kernel(
+    y_ptr, x_ptr, stats_ptr, n_slices, lag, x_row_stride, n_cols,
+    SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    x_row_stride *= ALIGN
+    n_cols *= ALIGN
+    t = tl.atomic_add(stats_ptr + 2 * n_slices, 1, sem="relaxed").to(tl.int32) + 1
+    u = t - lag
+    new = load_slice(
+        x_ptr, t, t < n_slices, x_row_stride, n_cols, -float("inf"), "evict_last",
+        SLICES, BLOCK,
+    )  # fmt: skip
+    x = load_slice(
+        x_ptr, u, u >= 0, x_row_stride, n_cols, -float("inf"), "evict_first",
+        SLICES, BLOCK,
+    )  # fmt: skip
+
+    new_max = tl.max(new, axis=0)
+    # In a slice of nothing but -inf, -inf - -inf would be NaN, but its sum is 0.
+    new_sum = tl.sum(
+        tl.exp(new - tl.where(new_max == -float("inf"), 0.0, new_max)), axis=0
+    )
+    publish(stats_ptr + 2 * t, new_max, t < n_slices)
+    publish(stats_ptr + 2 * t + 1, new_sum, t < n_slices)
+
+    if u >= 0:
+        words = wait_for(stats_ptr + 2 * (u // SLICES) * SLICES, 2 * SLICES, 2 * WORDS)
+        pairs = tl.reshape(words.to(x.dtype, bitcast=True), (WORDS, 2))
+        maxima, sums = tl.split(pairs)
+        maxima = tl.where(tl.arange(0, WORDS) < SLICES, maxima, -float("inf"))
+        row_max = tl.max(maxima, axis=0)
+        row_sum = tl.sum(sums * tl.exp(maxima - row_max), axis=0)
+        y = tl.exp(x - row_max) * (1 / row_sum)
+        cols = u % SLICES * BLOCK + tl.arange(0, BLOCK)
+        y_ptrs = y_ptr + (u // SLICES).to(tl.int64) * n_cols + cols
+        tl.store(y_ptrs, y, mask=cols < n_cols, eviction_policy="evict_first")
+
+
+# %%
+# ``eviction_policy`` is a hint to the cache: what is read for the first time should stay, and what is
+# read for the last time, or written, may go.
+#
+# In the interpreter programs run one after the other, and a program that waited for a later one would wait
+# for ever. Here it waits for earlier ones only, and they are done. The same kernel runs in both.
+#
+# The backward pass
+# -----------------
+#
+# Training needs the gradient. With :math:`g` for the gradient that comes in, one for each element of
+# :math:`y`, the one that goes out is
+#
+# .. math:: \frac{\partial L}{\partial x_j} = y_j \Bigl(g_j - \sum_k y_k g_k\Bigr)
+#
+# It needs :math:`y`, but not :math:`x`: two reads and one write for each element. The rest you know. There is
+# one number to a row instead of two, the sum.
+
+
+@triton.jit
+def backward_tile_kernel(
+    dx_ptr, dy_ptr, y_ptr, n_rows, row_stride, n_cols,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    n_cols *= ALIGN
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, BLOCK)[None, :]
+    mask = (rows < n_rows) & (cols < n_cols)
+    offsets = rows * n_cols + cols
+    dy = to_arithmetic(tl.load(dy_ptr + offsets, mask=mask, other=0.0))
+    y = to_arithmetic(tl.load(y_ptr + offsets, mask=mask, other=0.0))
+    dot = tl.sum(y * dy, axis=1, keep_dims=True)
+    tl.store(dx_ptr + offsets, y * (dy - dot), mask=mask)
+
+
+@triton.jit
+def backward_slice_kernel(
+    dx_ptr, dy_ptr, y_ptr, stats_ptr, n_slices, lag, row_stride, n_cols,
+    SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    n_cols *= ALIGN
+    t = tl.atomic_add(stats_ptr + 2 * n_slices, 1, sem="relaxed").to(tl.int32) + 1
+    u = t - lag
+    new_dy = load_slice(
+        dy_ptr, t, t < n_slices, n_cols, n_cols, 0.0, "evict_last", SLICES, BLOCK
+    )
+    new_y = load_slice(
+        y_ptr, t, t < n_slices, n_cols, n_cols, 0.0, "evict_last", SLICES, BLOCK
+    )
+    dy = load_slice(dy_ptr, u, u >= 0, n_cols, n_cols, 0.0, "evict_first", SLICES, BLOCK)
+    y = load_slice(y_ptr, u, u >= 0, n_cols, n_cols, 0.0, "evict_first", SLICES, BLOCK)
+
+    publish(stats_ptr + t, tl.sum(new_y * new_dy, axis=0), t < n_slices)
+
+    if u >= 0:
+        words = wait_for(stats_ptr + u // SLICES * SLICES, SLICES, WORDS)
+        dot = tl.sum(words.to(y.dtype, bitcast=True), axis=0)
+        cols = u % SLICES * BLOCK + tl.arange(0, BLOCK)
+        dx_ptrs = dx_ptr + (u // SLICES).to(tl.int64) * n_cols + cols
+        tl.store(
+            dx_ptrs, y * (dy - dot), mask=cols < n_cols, eviction_policy="evict_first"
+        )
+
+
+# %%
+# Which kernel when
+# -----------------
+#
+# A row of up to 64 KiB, in the dtype that is computed with, leaves registers for the computation: it goes
+# into a tile. A wider one is cut. Two sizes remain, and both are found by measuring.
+#
+# - A tile or slice has 4096 elements for each input. Larger ones leave fewer programs that can run at
+#   the same time; smaller ones spend more on starting, waiting and ending.
+# - ``LAG_BYTES`` are read between the two reads of a slice. Too few, and programs wait for numbers
+#   that are still being computed; too many, and the slice has left the cache. You will see that below.
+#
+# Where ``ALIGN`` is 1, every element is loaded by itself, and half as many elements are faster.
+
+TILE = 4096
+LAG_BYTES = 5 * 2**20
+
+
+def launch(tile_kernel, slice_kernel, out, *inputs):
+    """Run one of the two kernels from matrices ``inputs`` to a contiguous matrix ``out``."""
+    n_rows, n_cols = out.shape
+    row_stride = inputs[0].stride(0)
+    itemsize = out.element_size()
+    ALIGN = math.gcd(n_cols, row_stride, 16 // itemsize)
+    sizes = (row_stride // ALIGN, n_cols // ALIGN)
+    thread_size = max(itemsize, 4 // ALIGN)
+    if n_cols * max(itemsize, 4) <= 64 * 1024:
+        BLOCK = triton.next_power_of_2(n_cols)
+        ROWS = max(TILE // BLOCK, 1)
+        grid = (triton.cdiv(n_rows, ROWS),)
+        tile_kernel[grid](
+            out, *inputs, n_rows, *sizes, ROWS, BLOCK, ALIGN,
+            num_warps=warps(ROWS * BLOCK * thread_size),
+        )  # fmt: skip
+        return
+
+    BLOCK = TILE * len(inputs) // (2 if ALIGN == 1 else 1)
+    SLICES = triton.cdiv(n_cols, BLOCK)
+    n_slices = n_rows * SLICES
+    lag = min(SLICES + LAG_BYTES // (BLOCK * itemsize * len(inputs)), n_slices)
+    num_warps = warps(BLOCK * thread_size)
+    WORDS = max(triton.next_power_of_2(SLICES), 32 * num_warps)
+    word = torch.int64 if itemsize == 8 else torch.int32
+    stats = torch.full((2 * n_slices + 1,), -1, dtype=word, device=out.device)
+    slice_kernel[(n_slices + lag,)](
+        out, *inputs, stats, n_slices, lag, *sizes, SLICES, WORDS, BLOCK, ALIGN,
+        num_warps=num_warps,
+    )  # fmt: skip
+
+
+# %%
+# The last word of ``stats`` counts the tickets. It starts at -1, too, hence the ``+ 1`` in the kernels.
+#
+# To make the function differentiable, register both passes as *operators* of PyTorch. ``custom_op``
+# makes a launch opaque, so that ``torch.compile`` doesn't try to look inside; ``register_fake`` says
+# what comes out, without computing it; ``register_autograd`` says how gradients flow. The gradient
+# that arrives may lie in memory in any way, so it is made contiguous first.
+
+
+@torch.library.custom_op("fast_and_right::softmax", mutates_args=())
+def softmax_op(x: torch.Tensor) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() > 0:
+        n_cols = x.shape[-1]
+        rows = x.reshape(-1, n_cols)
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()  # neighbours in a row must be neighbours in memory
+        with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
+            launch(softmax_tile_kernel, softmax_slice_kernel, y.view(-1, n_cols), rows)
+    return y
+
+
+@torch.library.custom_op("fast_and_right::softmax_backward", mutates_args=())
+def softmax_backward_op(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+    if y.numel() > 0:
+        matrices = [t.contiguous().view(-1, y.shape[-1]) for t in (dx, dy, y)]
+        with torch.cuda.device_of(y):
+            launch(backward_tile_kernel, backward_slice_kernel, *matrices)
+    return dx
+
+
+@softmax_op.register_fake
+def _(x):
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+@softmax_backward_op.register_fake
+def _(dy, y):
+    return torch.empty(y.shape, dtype=y.dtype, device=y.device)
+
+
+def keep_y(ctx, inputs, output):
+    ctx.save_for_backward(output)
+
+
+def keep_dy_and_y(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx, dy):
+    (y,) = ctx.saved_tensors
+    return softmax_backward_op(dy, y)
+
+
+def backward_of_backward(ctx, g):
+    dy, y = ctx.saved_tensors
+    dot, g_dot = ((y * z).sum(-1, keepdim=True) for z in (dy, g))
+    return softmax_backward_op(g, y), g * (dy - dot) - g_dot * dy
+
+
+softmax_op.register_autograd(backward, setup_context=keep_y)
+softmax_backward_op.register_autograd(backward_of_backward, setup_context=keep_dy_and_y)
+
+
+def softmax(x):
+    """Softmax over the last dimension.
+
+    Differentiable in reverse mode, also twice, and usable under ``torch.compile``. Two
+    calls give the same bits.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Shape (..., columns), any strides, on the GPU (on the CPU when Triton
+        interprets); float16, bfloat16, float32 or float64.
+
+    Returns
+    -------
+    torch.Tensor
+        Contiguous, with the shape and dtype of ``x``. Sums are formed in float32
+        (float64 for float64). As with ``torch.softmax``, a row that holds a NaN or
+        +inf, or nothing but -inf, becomes NaN.
+
+    Raises
+    ------
+    TypeError
+        If ``x`` is no tensor of one of these dtypes.
+    ValueError
+        If ``x`` has no dimension or is on another device.
+
+    Notes
+    -----
+    Beside the output, rows of more than 64 KiB (counting 2-byte elements as 4 bytes)
+    need 8 bytes for every 4096 elements while the kernel runs; twice that for float64,
+    and for rows that are not aligned.
+
+    References
+    ----------
+    Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018.
+    """
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        got = getattr(x, "layout", type(x).__name__)
+        raise TypeError(f"x must be a dense tensor, got {got}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.ndim == 0:
+        raise ValueError("x must have at least one dimension, got a 0-d tensor")
+    if x.device.type != DEVICE:
+        raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
+    return softmax_op(x)
+
+
+# %%
+# Is all of it right?
+# -------------------
+#
+# Every path wants an awkward shape: a last tile with fewer rows, and a row whose last slice is short.
+# The last dimension is what counts, whatever stands before it and however the tensor lies in memory.
+
+for shape in ((1823, 781), (2, 3, 5, 130), (3, 20_001)):
+    x = torch.randn(shape, device=DEVICE)
+    torch.testing.assert_close(softmax(x), torch.softmax(x, dim=-1), rtol=1e-5, atol=0)
+transposed = torch.randn(100, 33, device=DEVICE).T
+torch.testing.assert_close(softmax(transposed), torch.softmax(transposed, dim=-1))
+
+no_choice = torch.full((1, 4), -float("inf"), device=DEVICE)
+print("a row of -inf here:    ", softmax(no_choice).tolist())
+print("a row of -inf in torch:", torch.softmax(no_choice, dim=-1).tolist())
+
+# %%
+# A row of nothing but ``-inf`` has no maximum to subtract: ``-inf - -inf`` is NaN, here as in
+# PyTorch. Attention masks that hide every key end up there.
+#
+# For the gradient PyTorch has two checks of its own. ``gradcheck`` compares it with finite differences
+# in float64; ``opcheck`` tests what an operator promises to ``torch.compile`` and autograd.
+
+x = torch.randn(3, 7, device=DEVICE, dtype=torch.float64, requires_grad=True)
+torch.autograd.gradcheck(softmax, x)
+print(torch.library.opcheck(softmax_op, (x,)))
+
+wide = torch.randn(2, 20_001, device=DEVICE, requires_grad=True)
+g = torch.randn(2, 20_001, device=DEVICE)
+(ours,) = torch.autograd.grad(softmax(wide), wide, g)
+(theirs,) = torch.autograd.grad(torch.softmax(wide, dim=-1), wide, g)
+torch.testing.assert_close(ours, theirs)
+
+# %%
+# How long is the lag?
+# --------------------
+#
+# Before you look: what should happen on the left, where the second read follows at once, and on
+# the right, where tens of megabytes lie between?
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["lag_MiB"],
+        x_vals=[1, 2, 3, 4, 5, 6, 8, 12, 16, 32],
+        x_log=True,
+        line_arg="dtype",
+        line_vals=[torch.float32, torch.bfloat16],
+        line_names=["float32", "bfloat16"],
+        styles=[("#d55e00", "-"), ("#d55e00", ":")],
+        xlabel=f"MiB between the two reads of a slice, 65536 columns\n{MACHINE}",
+        ylabel="GB/s",
+        plot_name="softmax-lag",
+        args={"n_elements": 2**28},
+    )
+)
+def lag_benchmark(n_elements, lag_MiB, dtype):
+    global LAG_BYTES
+    before, LAG_BYTES = LAG_BYTES, lag_MiB * 2**20
+    x = torch.randn(n_elements // 65536, 65536, device=DEVICE, dtype=dtype)
+    speed = speed_of(lambda: softmax(x), 2 * x.nbytes)
+    LAG_BYTES = before
+    return speed
+
+
+if __name__ == "__main__" and not INTERPRET:
+    lags = lag_benchmark.run(show_plots=True, return_df=True)
+    print(tabulate(lags, headers="keys", floatfmt=".0f", showindex=False))
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    print(f"\nL2 cache of this GPU: {cache / 2**20:.0f} MiB")
+
+# %%
+# The cache also holds what is written and what other programs read, so a slice is gone long before
+# as many bytes have been read as the cache has.
+#
+# How fast is it now?
+# -------------------
+#
+# The whole range, with ``torch.softmax`` and the naive version as ``torch.compile`` fuses it. Odd widths are
+# among them: 50257 is the vocabulary of GPT-2.
+
+WIDTHS = [256, 384, 512, 1000, 1024, 2048, 4096, 5000, 8192, 12160, 16384, 32768, 50257]
+WIDTHS += [65536, 128256, 131072, 262144, 2**20]
+
+
+@triton.testing.perf_report(
+    [
+        triton.testing.Benchmark(
+            x_names=["n_cols"],
+            x_vals=WIDTHS,
+            x_log=True,
+            line_arg="implementation",
+            line_vals=["softmax", "torch", "compile", "copy"],
+            line_names=["softmax", "torch.softmax", "naive, torch.compile", "copy"],
+            styles=[
+                ("#d55e00", "-"),
+                ("#0072b2", "-"),
+                ("#009e73", "-"),
+                ("#555555", "--"),
+            ],
+            xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}",
+            ylabel="GB/s",
+            plot_name=f"softmax-widths-{dtype}",
+            args={"n_elements": 2**28, "dtype": getattr(torch, dtype)},
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+)
+def width_benchmark(n_elements, n_cols, dtype, implementation):
+    x = torch.randn(n_elements // n_cols, n_cols, device=DEVICE, dtype=dtype)
+    torch.compiler.reset()  # forget other widths, or torch.compile gives up
+    run = {
+        "softmax": softmax,
+        "torch": lambda x: torch.softmax(x, dim=-1),
+        "compile": torch.compile(naive_softmax, dynamic=False),
+        "copy": torch.clone,
+    }[implementation]
+    return speed_of(lambda: run(x), 2 * x.nbytes)
+
+
+def worst_share(table, implementation, limit):
+    share = table.iloc[:, implementation] / table.iloc[:, limit]
+    worst = share.idxmin()
+    return f"{share[worst]:.0%} at {table.n_cols[worst]:.0f} columns"
+
+
+if __name__ == "__main__" and not INTERPRET:
+    for speed in width_benchmark.run(show_plots=True, return_df=True):
+        print(tabulate(speed, headers="keys", floatfmt=".0f", showindex=False))
         print(
-            f"At {n_cols:.0f} columns this kernel reaches {fused:.0f} GB/s, "
-            f"{fused / copy:.0%} of the copy.\nThat is "
-            f"{fused / torch_softmax:.2f} times torch.softmax, "
-            f"{fused / compiled:.2f} times torch.compile, "
-            f"{fused / scripted:.2f} times TorchScript."
+            f"\nLeast share of the copy: softmax {worst_share(speed, 1, 4)}, "
+            f"torch.softmax {worst_share(speed, 2, 4)},\n"
+            f"torch.compile {worst_share(speed, 3, 4)}.\n"
         )
 
 # %%
-# - TorchScript runs the naive version much as it is written, so its distance from the copy is the
-#   price of the extra trips that you counted above.
-# - ``torch.compile`` fuses the five operators for you. When it keeps up, that is good news: write
-#   a kernel by hand where it does not, or where you want to know why.
-# - On the left of the figure the matrix is small. Launching a kernel takes a few millionths of a
-#   second whatever it does, and there even the copy is held back by that.
-# - Narrow rows leave a program with little to load. Just above a power of two, almost half of the
-#   block is padding. And far beyond the figure, a row no longer fits into the registers. One row a
-#   program is the simplest division of the work; it is not the best at every width.
+# Where ``torch.compile`` keeps up, that is good news: write a kernel by hand where it does not, or
+# where you want to know why.
 #
+# The lowest point is the odd width. There each row begins somewhere else between two multiples
+# of 16 bytes, and every element is loaded by itself. It is not the bytes but the number of
+# instructions that takes the time, twice as long for an element as for a byte in bfloat16. The
+# fourth exercise is about that.
+#
+# The backward pass beside PyTorch's. Its limit is an addition, which also reads two tensors and writes one:
+
+
+@triton.testing.perf_report(
+    [
+        triton.testing.Benchmark(
+            x_names=["n_cols"],
+            x_vals=WIDTHS,
+            x_log=True,
+            line_arg="implementation",
+            line_vals=["softmax", "torch", "add"],
+            line_names=["softmax, backward", "torch.softmax, backward", "x + y"],
+            styles=[("#d55e00", "-"), ("#0072b2", "-"), ("#555555", "--")],
+            xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}",
+            ylabel="GB/s",
+            plot_name=f"softmax-backward-{dtype}",
+            args={"n_elements": 2**28, "dtype": getattr(torch, dtype)},
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+)
+def backward_benchmark(n_elements, n_cols, dtype, implementation):
+    x, dy = torch.randn(2, n_elements // n_cols, n_cols, device=DEVICE, dtype=dtype)
+    y = torch.softmax(x, dim=-1)
+    run = {
+        "softmax": lambda: softmax_backward_op(dy, y),
+        "torch": lambda: torch.ops.aten._softmax_backward_data(dy, y, -1, dtype),
+        "add": lambda: x + dy,
+    }[implementation]
+    return speed_of(run, 3 * x.nbytes)
+
+
+if __name__ == "__main__" and not INTERPRET:
+    for speed in backward_benchmark.run(show_plots=True, return_df=True):
+        print(tabulate(speed, headers="keys", floatfmt=".0f", showindex=False))
+        print(f"\nLeast share of the addition: softmax {worst_share(speed, 1, 3)}.\n")
+
+# %%
+# All of this is the GPU's time. The CPU has to launch the kernel, and in a program of many small
+# kernels that counts, too. The last of these is the launch alone, without the checks and without what
+# makes it an operator of PyTorch:
+
+if __name__ == "__main__" and not INTERPRET:
+    x = torch.randn(64, 256, device=DEVICE)
+    y = torch.empty_like(x)
+    for name, run in [
+        ("torch.softmax", lambda: torch.softmax(x, dim=-1)),
+        ("softmax", lambda: softmax(x)),
+        ("one launch", lambda: launch(softmax_tile_kernel, softmax_slice_kernel, y, x)),
+    ]:
+        times = timeit.repeat(run, number=1000, repeat=5)
+        print(f"{name}: {min(times) * 1e3:.0f} microseconds of the CPU for a call")
+
+# %%
 # Exercises
 # ---------
 #
-# 1. Write ``log_softmax``. Which of the values that the kernel has at hand do you need? Check it
+# 1. Write ``log_softmax``. Which of the values that the kernels have at hand do you need? Check it
 #    against ``torch.log_softmax`` on rows that hold 1e4 and -1e4.
-# 2. Time bfloat16 at 256 columns, with as many rows as fill a quarter of your GPU's memory. How far is it from
-#    the copy? Let each program load several rows as one two-dimensional block, and time it again.
-# 3. Change ``num_warps`` to 1 and to 32, and predict the figure before you look.
+# 2. Give each thread 16 bytes, and 256, and predict both figures before you look.
+# 3. Let a program take ``tl.program_id(0)`` for its ticket, and time it. What have you gained, and
+#    which sentence above is no longer true?
+# 4. Make odd widths fast. In ``softmax_slice_kernel`` let the slices begin at multiples of 16 bytes in memory
+#    instead of at the row's first element, so that only the two ends of a row need special care.
 #
 # References
 # ----------
@@ -359,5 +898,7 @@ if __name__ == "__main__" and not INTERPRET:
 #   2018: how the bytes of a softmax are counted, and how to save a pass over a row.
 # - P. Tillet, H. T. Kung and D. Cox, `Triton: an intermediate language and compiler for tiled neural network computations <https://doi.org/10.1145/3315508.3329973>`_,
 #   2019: why programs work on blocks.
+# - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_,
+#   2016: programs that wait for earlier ones, and why that ends well.
 # - The `documentation of Triton <https://triton-lang.org>`_, whose own tutorials take the same
 #   example.
