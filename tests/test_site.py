@@ -123,6 +123,8 @@ def test_every_lesson_is_listed_in_reading_order():
         "baseline_dropout",
         "seeded_dropout",
         "checkpointed_dropout",
+        "matrix_dropout",
+        "sparse_johnson_lindenstrauss",
     ]
     assert list(dict.fromkeys(lessons)) == names
 

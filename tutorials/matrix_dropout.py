@@ -107,8 +107,6 @@ def matrix_dropout_kernel(
     seeds_ptr,
     n_rows,
     n_cols,
-    y_row_stride,
-    y_col_stride,
     x_row_stride,
     x_col_stride,
     threshold,
@@ -131,7 +129,7 @@ def matrix_dropout_kernel(
     cols = first_col + tl.arange(0, COLS)
     inside = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
     x_tile = x_ptr + rows[:, None] * x_row_stride + cols[None, :] * x_col_stride
-    y_tile = y_ptr + rows[:, None] * y_row_stride + cols[None, :] * y_col_stride
+    y_tile = y_ptr + rows[:, None] * n_cols + cols[None, :]
     x = tl.load(x_tile, mask=inside)
     # A Python float arrives as float32 unless annotated, which is too coarse for float64.
     if x.dtype != tl.float64:
@@ -145,22 +143,24 @@ def matrix_dropout_kernel(
 #
 # Memory is fetched in pieces of 32 bytes, 16 elements of bfloat16. The threads of a warp work in
 # step, and when neighbouring threads ask for neighbouring elements, a few pieces serve them all. So
-# a tile must be long in the direction in which elements are neighbours in memory: along the row for a
-# contiguous matrix, along the column for a transposed one. The draws don't mind, as long as ``COLS`` is a
-# multiple of 4.
+# a tile should be long in the direction in which elements are neighbours in memory.
 #
-# The result follows: ``torch.empty_like`` gives a transposed input a transposed output, so reading
-# and writing want the same tile.
+# For a contiguous matrix that is the row, for input and output alike: the tile is as wide as the row, up to 2048, and
+# takes more rows if the row is shorter. A transposed matrix is read along its columns, while the
+# result is written along its rows. The tile of 128 by 32 is long enough for both: each column of
+# it is 128 neighbours in the input, each row 32 neighbours in the output, and the threads trade
+# elements in between. Triton arranges that. The draws don't mind any shape, as long as ``COLS`` is
+# a multiple of 4.
 
 
-def tile_shape(y):
-    """ROWS and COLS of a tile: long where the elements of ``y`` are neighbours."""
-    n_rows, n_cols = y.shape
-    if y.stride(1) == 1:
-        COLS = min(max(triton.next_power_of_2(n_cols), 4), 2048)
-        return 2048 // COLS, COLS
-    ROWS = min(triton.next_power_of_2(n_rows), 512)
-    return ROWS, 2048 // ROWS
+def tile_shape(x):
+    """ROWS and COLS of a tile, for the layout of ``x``."""
+    COLS = max(triton.next_power_of_2(x.shape[1]), 4)
+    if x.stride(1) > x.stride(0) > 0:  # neighbours stand in a column
+        COLS = min(COLS, 32)
+        return 4096 // COLS, COLS
+    COLS = min(COLS, 2048)
+    return 2048 // COLS, COLS
 
 
 def launch(y, x, p, seeds, ROWS, COLS):
@@ -170,8 +170,7 @@ def launch(y, x, p, seeds, ROWS, COLS):
             y,
             x,
             seeds,
-            *y.shape,
-            *y.stride(),
+            *x.shape,
             *x.stride(),
             round(p * 2**32),
             1 / (1 - p),
@@ -193,17 +192,17 @@ def launch(y, x, p, seeds, ROWS, COLS):
 @torch.library.custom_op("fast_and_right::matrix_dropout", mutates_args=())
 def matrix_dropout_op(x: torch.Tensor, p: float, seeds: torch.Tensor) -> torch.Tensor:
     if p == 0:
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
     if round(p * 2**32) == 2**32 or x.numel() == 0:
-        return torch.zeros_like(x)
-    y = torch.empty_like(x)
-    launch(y, x, p, seeds, *tile_shape(y))
+        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    launch(y, x, p, seeds, *tile_shape(x))
     return y
 
 
 @matrix_dropout_op.register_fake
 def _(x, p, seeds):
-    return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def keep_p_and_seeds(ctx, inputs, output):
@@ -242,8 +241,7 @@ def matrix_dropout(x, p, seeds):
     Returns
     -------
     torch.Tensor
-        Shape and dtype of ``x``, and its layout, as ``torch.empty_like`` has it: dense,
-        and transposed if ``x`` is. A dropped inf or NaN becomes 0.
+        Contiguous, with the shape and dtype of ``x``. A dropped inf or NaN becomes 0.
 
     Raises
     ------
@@ -271,7 +269,11 @@ def matrix_dropout(x, p, seeds):
         raise TypeError(f"p must be a number, got {type(p).__name__}")
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
-    if seeds.dtype.is_floating_point or seeds.dtype.is_complex or seeds.dtype == torch.bool:
+    if (
+        seeds.dtype.is_floating_point
+        or seeds.dtype.is_complex
+        or seeds.dtype == torch.bool
+    ):
         raise TypeError(f"seeds must be integers, got {seeds.dtype}")
     if seeds.shape != x.shape[:1]:
         raise ValueError(
@@ -430,10 +432,10 @@ elif __name__ == "__main__":
 # What a bad access pattern costs
 # -------------------------------
 #
-# Now give a transposed matrix the wrong tile, long along the row, where each element is far
+# Now give a transposed matrix the tile of a contiguous one, a single row of 2048 elements, each far
 # from the next. The result is the same, bit for bit. The time is not: each element brings 32 bytes
-# from memory, and most of them are fetched in vain. The third column is what many functions do about
-# strides, a contiguous copy first.
+# from memory, and most of them are fetched in vain. The last column is what many functions do about
+# strides: ``x.contiguous()`` first.
 
 if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate
@@ -443,15 +445,21 @@ if __name__ == "__main__" and not INTERPRET:
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(4096, n // 4096, device=DEVICE, dtype=dtype).T
         seeds = torch.arange(len(x), device=DEVICE)
-        y = torch.empty_like(x)
+        y = torch.empty(x.shape, dtype=dtype, device=DEVICE)
         runs = [
             x.clone,
-            lambda: launch(y, x, 0.5, seeds, *tile_shape(y)),
+            lambda: launch(y, x, 0.5, seeds, *tile_shape(x)),
             lambda: launch(y, x, 0.5, seeds, 1, 2048),
             lambda: matrix_dropout(x.contiguous(), 0.5, seeds),
         ]
         rows.append([dtype, *(picoseconds(run, n) for run in runs)])
-    headers = ["ps an element", "copy", "tall tile", "wide tile", "contiguous() first"]
+    headers = [
+        "ps an element",
+        "copy",
+        "tile of 128 x 32",
+        "tile of 1 x 2048",
+        "contiguous() first",
+    ]
     print("A transposed matrix of 65536 rows and 4096 columns:\n")
     print(tabulate(rows, headers, floatfmt=".2f"))
 
