@@ -129,6 +129,13 @@ def test_every_lesson_is_listed_in_reading_order():
     assert list(dict.fromkeys(lessons)) == names
 
 
+def test_solutions_are_folded():
+    fold = lesson("seeded_dropout").select_one("#exercises details")
+    assert fold.summary.text == "Try it first."
+    solved = [link["href"].partition(".")[0] for link in fold.find_all("a")]
+    assert solved == ["matrix_dropout", "sparse_johnson_lindenstrauss"]
+
+
 @pytest.mark.parametrize(
     ("word", "title"),
     [("softmax", "Fused softmax"), ("philox", "Random numbers in Triton")],

@@ -620,7 +620,9 @@ if __name__ == "__main__" and not INTERPRET:
 #    have, and does anything get faster?
 #
 # .. note::
-#    Try it first. Then compare: :ref:`matrix dropout` solves the first two exercises, and
+#    Try it first.
+#
+#    Then compare: :ref:`matrix dropout` solves the first two exercises, and
 #    :ref:`sparse johnson-lindenstrauss` the third.
 #
 # References

@@ -215,10 +215,13 @@ def project_kernel(
 # :math:`\partial x = \partial y \, R^T`. And as that is linear, too, the gradient of the gradient is the first product again.
 
 
-def drawn_product(x, n_out, seed, density, transposed, dtype):
+def drawn_product(x, n_out, seed, density, transposed):
     """The product of ``x`` with the signs of R, or of its transpose."""
     n_vectors, n_in = x.shape
-    wide = x.element_size() > 2  # takes more room, and not the tensor cores
+    if x.dtype == torch.float32 and not INTERPRET:
+        three = drawn_product(in_three(x), n_out, seed, density, transposed)
+        return three.view(3, n_vectors, n_out).sum(0)
+    wide = x.element_size() > 2
     VECTORS = min(max(triton.next_power_of_2(n_vectors), 16), 64 if wide else 256)
     OUT = 64 if wide else 128 if transposed or VECTORS > 64 else 256
     OUT = min(OUT, max(triton.next_power_of_2(n_out), 64))
@@ -228,6 +231,7 @@ def drawn_product(x, n_out, seed, density, transposed, dtype):
     in_per_program = triton.cdiv(triton.cdiv(n_in, n_parts), IN) * IN
     n_parts = triton.cdiv(n_in, in_per_program)
     threshold, fraction = divmod(round(density * 2**47), 2**32)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     parts = torch.empty(n_parts, n_vectors, n_out, dtype=dtype, device=x.device)
     project_kernel[(tiles, n_parts)](
         parts,
@@ -247,7 +251,25 @@ def drawn_product(x, n_out, seed, density, transposed, dtype):
         tl.float64 if dtype == torch.float64 else tl.float32,
         num_warps=8,
     )
-    return parts.sum(0) / 2  # the entries were drawn as -2, 0 and 2
+    y = parts.sum(0) if n_parts > 1 else parts[0]
+    return y.div_(2)  # the entries were drawn as -2, 0 and 2
+
+
+# %%
+# Tensor cores multiply numbers of 16 bits. A float32 has 24 significant bits and a bfloat16 has 8, with the same
+# range of exponents, so a float32 is the sum of three bfloat16, exactly. As the entries of R lose
+# nothing in bfloat16, three projections add up to the one of float32. (float64 goes to the ordinary units, which take
+# much longer.)
+
+
+def in_three(x):
+    """Three times as many vectors of bfloat16; the sum over the three is ``x``, exactly."""
+    three = []
+    for _ in range(3):
+        high = (x.view(torch.int32) & ~0xFFFF).view(torch.float32)
+        three.append(high.bfloat16())
+        x = x - high
+    return torch.cat(three)
 
 
 # %%
@@ -341,7 +363,7 @@ def visit_kernel(
         tl.store(y_ptr + y_tile + components[:, None], y, mask=mine)
 
 
-def visited_product(x, n_out, seed, density, transposed, dtype):
+def visited_product(x, n_out, seed, density, transposed):
     """As ``drawn_product``, from the entries alone that are not zero."""
     n_vectors, n_in = x.shape
     n_features, n_components = (n_out, n_in) if transposed else (n_in, n_out)
@@ -350,6 +372,7 @@ def visited_product(x, n_out, seed, density, transposed, dtype):
     n_chunks = triton.cdiv(n_features, 65536)
     chunks_per_program = triton.cdiv(n_chunks, min(triton.cdiv(4096, tiles), n_chunks))
     n_parts = triton.cdiv(n_chunks, chunks_per_program)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     shape = (n_out, n_vectors) if transposed else (n_parts, n_vectors, n_out)
     y = torch.zeros(shape, dtype=dtype, device=x.device)
     visit_kernel[(tiles, n_parts)](
@@ -381,7 +404,6 @@ def sparse_jl_op(
 ) -> torch.Tensor:
     n_vectors, n_in = x.shape
     y = torch.zeros(n_vectors, n_out, dtype=x.dtype, device=x.device)
-    sum_dtype = torch.promote_types(x.dtype, torch.float32)
     product, n_at_once = drawn_product, max(n_vectors, 1)
     if density <= 1 / 128:
         product, n_at_once = visited_product, max(2**26 // max(n_in, n_out), 64)
@@ -391,9 +413,8 @@ def sparse_jl_op(
     with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
         for rows, some in zip(y.split(n_at_once), x.split(n_at_once), strict=True):
             if rows.numel():
-                rows.copy_(
-                    product(some, n_out, seed, density, transposed, sum_dtype) * scale
-                )
+                part = product(some, n_out, seed, density, transposed)
+                rows.copy_(part.mul_(scale).to(y.dtype))
     return y
 
 
@@ -481,7 +502,7 @@ def sparse_jl(x, n_components, seed, density="auto"):
     torch.Tensor
         Shape (vectors, n_components), contiguous, with the dtype of ``x``. Sums are
         formed in float32 (float64 for float64), in the same order in every run. As in
-        any matrix product, one inf or NaN makes its whole vector inf or NaN.
+        any matrix product, an inf or NaN spreads to all components that it reaches.
 
     Raises
     ------

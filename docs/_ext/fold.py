@@ -1,18 +1,16 @@
-"""Fold notes that begin with "Try it first", so that nobody reads a solution by accident."""
+"""Fold notes whose first paragraph is "Try it first.", so that nobody meets a solution unawares."""
 
 from docutils import nodes
-
-SUMMARY = "Try it first"
 
 
 def fold(app, doctree):
     for note in list(doctree.findall(nodes.note)):
-        if note.astext().startswith(SUMMARY):
-            opening = nodes.raw(
-                "", f"<details><summary>{SUMMARY}</summary>", format="html"
-            )
+        first, *rest = note.children
+        if first.astext() == "Try it first.":
+            opening = f"<details><summary>{first.astext()}</summary>"
+            opening = nodes.raw("", opening, format="html")
             closing = nodes.raw("", "</details>", format="html")
-            note.replace_self([opening, *note.children, closing])
+            note.replace_self([opening, *rest, closing])
 
 
 def setup(app):
