@@ -23,6 +23,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx.ext.autodoc",
     "sphinx_gallery.gen_gallery",
+    "fold",
     "lesson_runs",
     "mathml",
     "triton_functions",
@@ -40,6 +41,8 @@ sphinx_gallery_conf = {
             "baseline_dropout.py",
             "seeded_dropout.py",
             "checkpointed_dropout.py",
+            "matrix_dropout.py",
+            "sparse_johnson_lindenstrauss.py",
             "*",
         ]
     ),

@@ -123,8 +123,17 @@ def test_every_lesson_is_listed_in_reading_order():
         "baseline_dropout",
         "seeded_dropout",
         "checkpointed_dropout",
+        "matrix_dropout",
+        "sparse_johnson_lindenstrauss",
     ]
     assert list(dict.fromkeys(lessons)) == names
+
+
+def test_solutions_are_folded():
+    fold = lesson("seeded_dropout").select_one("#exercises details")
+    assert fold.summary.text == "Try it first."
+    solved = [link["href"].partition(".")[0] for link in fold.find_all("a")]
+    assert solved == ["matrix_dropout", "sparse_johnson_lindenstrauss"]
 
 
 @pytest.mark.parametrize(

@@ -619,6 +619,12 @@ if __name__ == "__main__" and not INTERPRET:
 # 4. For p = 0.5 a single bit would decide. Draw a mask of single bits. Which other p could you
 #    have, and does anything get faster?
 #
+# .. note::
+#    Try it first.
+#
+#    Then compare: :ref:`matrix dropout` solves the first two exercises, and
+#    :ref:`sparse johnson-lindenstrauss` the third.
+#
 # References
 # ----------
 #

@@ -24,6 +24,7 @@ PACKAGES = [
     "pandas",
     "matplotlib",
     "tabulate",
+    "scikit-learn",
     "sphinx-gallery",
 ]
 

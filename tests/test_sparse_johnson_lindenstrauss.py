@@ -1,0 +1,442 @@
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chi2
+from sparse_johnson_lindenstrauss import (
+    DEVICE,
+    INTERPRET,
+    check_count_sketch,
+    check_sign_projection,
+    sparse_jl,
+    sparse_jl_op,
+    sparse_jl_transpose,
+)
+
+SEEDS = [0, 1, 123, -1, 2**31, 2**32 + 5, 2**63, 2**64 - 1, -(2**63)]
+DENSE = [1, 0.9, 1 / 3, 0.3, 1 / 8, 0.01]
+SPARSE = [1 / 128, 1 / 150, 0.001]
+
+
+def philox(seed, counter, rounds):
+    """Philox4x32 in NumPy, after the paper: four words for each of many counters."""
+    c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(c, np.uint64) for c in counter))
+    keys = [seed % 2**32, (seed >> 32) % 2**32]
+    low, shift = np.uint64(2**32 - 1), np.uint64(32)
+    for _ in range(rounds):
+        a, b = np.uint64(0xD2511F53) * c0, np.uint64(0xCD9E8D57) * c2
+        k0, k1 = (np.uint64(key) for key in keys)
+        c0, c1, c2, c3 = b >> shift ^ c1 ^ k0, b & low, a >> shift ^ c3 ^ k1, a & low
+        keys = [(keys[0] + 0x9E3779B9) % 2**32, (keys[1] + 0xBB67AE85) % 2**32]
+    return np.stack([c0, c1, c2, c3], axis=-1)
+
+
+def test_known_answers_of_philox():
+    """From kat_vectors of Random123, the library of Philox's authors."""
+    for rounds, counter, seed, words in [
+        (7, [0] * 4, 0, "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        (10, [0] * 4, 0, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (10, [2**32 - 1] * 4, 2**64 - 1, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            10,
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            0x299F31D0_A4093822,
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ]:
+        assert [f"{word:08x}" for word in philox(seed, counter, rounds)] == words.split()
+
+
+def drawn_signs(n_features, n_components, seed, density):
+    """The definition for densities above 1/128, entry by entry."""
+    j, i = np.arange(n_features)[:, None], np.arange(n_components)[None, :]
+    words = philox(seed, (4 * (j // 32) + j % 8 // 2, i, 0, 0), rounds=7)
+    word = np.take_along_axis(words, (j // 8 % 4)[..., None] + 0 * i[..., None], -1)[
+        ..., 0
+    ]
+    half = np.where(j % 2 == 0, word & np.uint64(0xFFFF), word >> np.uint64(16)).astype(
+        int
+    )
+    mixed = np.bitwise_xor.reduce(words, axis=-1).astype(float)
+    scaled = density * 2**15
+    t = math.floor(scaled) + (mixed < round((scaled - math.floor(scaled)) * 2**32))
+    return np.where(half % 2**15 < t, np.where(half < 2**15, 1, -1), 0)
+
+
+def visited_signs(n_features, n_components, seed, density):
+    """The definition for densities up to 1/128, gap by gap."""
+    signs = np.zeros((n_features, n_components), int)
+    for i in range(n_components):
+        for c in range(-(-n_features // 65536)):
+            end = min(65536 * (c + 1), n_features)
+            j, n = 65536 * c - 1, 0
+            while True:
+                words = philox(seed, (n // 2, i, c, 1), rounds=10)[2 * (n % 2) :]
+                u = ((int(words[0]) >> 1) * 2**32 + int(words[1]) + 0.5) / 2**63
+                j += 1 + math.floor(min(math.log(u) / math.log1p(-density), 65536))
+                if j >= end:
+                    break
+                signs[j, i] = -1 if words[0] & np.uint64(1) else 1
+                n += 1
+    return signs
+
+
+def matrix(n_features, n_components, seed, density):
+    signs = drawn_signs if density > 1 / 128 else visited_signs
+    signs = signs(n_features, n_components, seed, density)
+    scale = math.sqrt(1 / (density * n_components))
+    return torch.from_numpy(signs * scale).to(DEVICE)
+
+
+def spelled_out(n_features, n_components, seed, density):
+    eye = torch.eye(n_components, device=DEVICE, dtype=torch.float64)
+    return sparse_jl_transpose(eye, n_features, seed, density).T
+
+
+def bound(n, q):
+    """Bernstein's: n decisions of probability q stray further from n q once in a million runs."""
+    log = math.log(2 / 1e-6)
+    return log / 3 + math.sqrt(log**2 / 9 + 2 * log * n * q * (1 - q))
+
+
+@pytest.fixture(params=[1 / 3, 1 / 150])
+def density(request):
+    return request.param
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_matrix_is_the_one_that_the_seed_spells_out(density, seed):
+    R = spelled_out(300, 5, seed, density)
+    torch.testing.assert_close(R, matrix(300, 5, seed, density))
+
+
+@pytest.mark.parametrize("d", DENSE + SPARSE)
+def test_matrix_of_any_density(d):
+    torch.testing.assert_close(spelled_out(700, 11, 7, d), matrix(700, 11, 7, d))
+
+
+def test_density_is_compared_exactly():
+    """An entry appears when the density passes its fifteen bits and its call's fraction."""
+    words = philox(3, (0, 0, 0, 0), rounds=7).astype(int)
+    fraction = np.bitwise_xor.reduce(words)
+    for j in (0, 1, 8, 9, 16, 17, 24, 25):  # the eight entries of the first call
+        bits = words[j // 8] >> 16 * (j % 2) & 0x7FFF
+        assert bits > 256
+        for beyond in (0, 1):
+            d = (bits + (fraction + beyond) / 2**32) / 2**15
+            assert (spelled_out(32, 1, 3, d)[j, 0] != 0) == beyond
+
+
+def test_smallest_and_largest_density():
+    assert (spelled_out(500, 9, 3, 1).abs() == 1 / 3).all()
+    tiny = spelled_out(500, 9, 3, 2**-32)
+    assert tiny.isfinite().all() and (tiny != 0).sum() <= 1
+    auto = sparse_jl(torch.eye(64, device=DEVICE), 9, 3)
+    assert torch.equal(auto, sparse_jl(torch.eye(64, device=DEVICE), 9, 3, 1 / 8))
+
+
+@pytest.mark.parametrize(
+    ("n_vectors", "n_features", "n_components"),
+    [(1, 1, 1), (3, 2, 5), (16, 64, 64), (17, 65, 129), (70, 700, 3), (5, 1000, 300)],
+)
+def test_product(randn, density, dtype, n_vectors, n_features, n_components):
+    R = matrix(n_features, n_components, 5, density)
+    x = randn(n_vectors, n_features, dtype=dtype)
+    y = sparse_jl(x, n_components, 5, density)
+    assert y.dtype == dtype and y.is_contiguous()
+    exact = x.double() @ R
+    # Sums of float32, rounded to dtype: a few units of its last place, beside the sizes summed.
+    tolerance = 4 * (
+        torch.finfo(dtype).eps * exact.abs() + 2**-23 * (x.double().abs() @ R.abs())
+    )
+    if dtype == torch.float64:
+        tolerance = 2**-48 * (x.abs() @ R.abs())
+    assert ((y - exact).abs() <= tolerance).all()
+
+    g = randn(n_vectors, n_components, dtype=dtype)
+    dx = sparse_jl_transpose(g, n_features, 5, density)
+    assert dx.dtype == dtype and dx.shape == x.shape and dx.is_contiguous()
+    torch.testing.assert_close(dx, (g.double() @ R.T).to(dtype))
+
+
+@pytest.mark.parametrize("n_features", [65535, 65536, 65537, 131080])
+def test_chunks(randn, n_features):
+    R = matrix(n_features, 3, 5, 1 / 2000)
+    torch.testing.assert_close(spelled_out(n_features, 3, 5, 1 / 2000), R)
+    x = randn(2, n_features, dtype=torch.float64)
+    torch.testing.assert_close(sparse_jl(x, 3, 5, 1 / 2000), x @ R)
+
+
+def test_two_runs_give_the_same_bits(randn, density):
+    x = randn(20, 5000)
+    assert torch.equal(sparse_jl(x, 40, 5, density), sparse_jl(x, 40, 5, density))
+
+
+def test_result_depends_on_the_other_vectors_by_rounding_only(randn, density):
+    """Another number of vectors means other tiles."""
+    x = randn(300, 600, dtype=torch.bfloat16)
+    y = sparse_jl(x, 40, 5, density)
+    for n in (1, 16, 17, 64, 65, 256):
+        torch.testing.assert_close(sparse_jl(x[:n], 40, 5, density), y[:n])
+
+
+def test_components_do_not_depend_on_how_many_there_are(randn, density):
+    x = randn(3, 500, dtype=torch.float64)
+    y = sparse_jl(x, 300, 5, density)
+    for k in (1, 7, 64, 299):
+        expected = y[:, :k] * math.sqrt(300 / k)
+        torch.testing.assert_close(sparse_jl(x, k, 5, density), expected)
+
+
+def test_features_do_not_depend_on_how_many_there_are(randn, density):
+    x = randn(3, 500, dtype=torch.float64)
+    padded = torch.nn.functional.pad(x, (0, 333))
+    expected = sparse_jl(x, 30, 5, density)
+    torch.testing.assert_close(sparse_jl(padded, 30, 5, density), expected)
+
+
+def test_layouts(randn, density, layout):
+    x = randn(33, 47)
+    assert torch.equal(sparse_jl(layout(x), 9, 5, density), sparse_jl(x, 9, 5, density))
+
+
+def test_expanded_and_negated_views(randn, density):
+    row = randn(1, 47).expand(5, 47)
+    expected = sparse_jl(row.clone(), 9, 5, density)
+    assert torch.equal(sparse_jl(row, 9, 5, density), expected)
+    z = torch.complex(randn(5, 47), randn(5, 47)).conj().imag
+    assert z.is_neg()
+    expected = sparse_jl(z.resolve_neg(), 9, 5, density)
+    assert torch.equal(sparse_jl(z, 9, 5, density), expected)
+
+
+def test_no_vectors(density):
+    x = torch.zeros(0, 30, device=DEVICE, requires_grad=True)
+    y = sparse_jl(x, 7, 5, density)
+    assert y.shape == (0, 7)
+    assert torch.autograd.grad(y.sum(), x)[0].shape == (0, 30)
+
+
+def test_seeds_and_numbers_of_numpy(randn, density):
+    x = randn(3, 200)
+    y = sparse_jl(x, 9, 2**64 - 1, density)
+    assert torch.equal(y, sparse_jl(x, 9, -1, density))
+    assert not torch.equal(y, sparse_jl(x, 9, 2**32 - 1, density))
+    same = sparse_jl(x, np.int32(9), np.int64(-1), np.float64(density))
+    assert torch.equal(y, same)
+
+
+# How random are the entries? Each check fails for one sound generator in a million.
+
+
+@pytest.mark.parametrize("d", [1 / 3, 0.3, 0.01, 1 / 150])
+@pytest.mark.parametrize("seed", [0, -7])
+def test_shares_of_signs_and_zeros(d, seed):
+    n_features, n_components = (320, 128) if INTERPRET else (2**13, 2**12)
+    x = torch.eye(n_features, device=DEVICE, dtype=torch.float16)
+    signs = sparse_jl(x, n_components, seed, d).sign()
+    # Apart for each place of a feature in its group of 32.
+    counts = torch.stack([(signs == s).sum(1).view(-1, 32).sum(0) for s in (1, 0, -1)])
+    n = signs.numel() / 32
+    expected = n * torch.tensor([d / 2, 1 - d, d / 2])[:, None]
+    chi_squared = ((counts.cpu() - expected) ** 2 / expected).sum().item()
+    assert chi_squared < chi2.isf(1e-6, 64)
+
+
+@pytest.mark.parametrize("d", [1 / 3, 1 / 150])
+def test_neighbouring_entries_agree_by_chance_only(d):
+    n_features, n_components = (320, 128) if INTERPRET else (2**13, 2**12)
+    x = torch.eye(n_features, device=DEVICE, dtype=torch.float16)
+    signs = sparse_jl(x, n_components, 3, d).sign()
+    other = sparse_jl(x, n_components, 4, d).sign()
+    pairs = [(signs, other), (signs[:, 1:], signs[:, :-1])]
+    pairs += [(signs[s:], signs[:-s]) for s in (1, 2, 3, 4, 8, 16, 32)]
+    for a, b in pairs:
+        for equal in (1, -1):
+            count = ((a * b) == equal).sum().item()
+            # Neighbouring comparisons share an entry, which at most doubles their variance.
+            assert abs(count - a.numel() * d**2 / 2) < 2 * bound(a.numel(), d**2 / 2)
+
+
+@pytest.mark.parametrize("d", [1, 1 / 3, 1 / 8, 1 / 150])
+@pytest.mark.parametrize("kind", ["flat", "spiky", "between"])
+def test_mean_and_variance_of_the_squared_length(d, kind):
+    """Var(|y|^2 / |x|^2) = (2 + (1/d - 3) sum(x^4) / |x|^4) / k, here for many k = 1 at once."""
+    n, n_features = (2000, 96) if INTERPRET else (400_000, 96)
+    x = {
+        "flat": torch.ones(n_features),
+        "spiky": torch.eye(n_features)[5],
+        "between": 1 / torch.arange(1.0, n_features + 1),
+    }[kind].double()
+    x /= x.norm()
+    y = sparse_jl(x[None].to(DEVICE, torch.float32), n, 11, d)[0].double().cpu()
+    squares = n * y**2
+    deviation = squares - 1
+    s = 1 / d
+    variance = 2 + (s - 3) * (x**4).sum().item()
+    assert abs(squares.mean() - 1) < 5 * math.sqrt(variance / n) + 1e-6
+    error = (deviation**2).mean() - variance
+    assert abs(error) < 5.5 * (deviation**2).std() / math.sqrt(n) + 1e-5
+
+
+def test_distances_are_kept(randn):
+    points = randn(30, 1000)
+    before = torch.nn.functional.pdist(points.double())
+    after = torch.nn.functional.pdist(sparse_jl(points, 512, 3, 1 / 3).double())
+    # The tail that Achlioptas proves, for 435 pairs: one run in a million strays by more.
+    log, k = math.log(2 * 435 / 1e-6), 512
+    epsilon = next(
+        e / 100 for e in range(1, 100) if k / 2 * (e**2 / 2e4 - e**3 / 3e6) > log
+    )
+    assert ((after / before) ** 2 - 1).abs().max() < epsilon < 0.5
+
+
+# The gradient
+
+
+def test_gradients_of_first_and_second_order(randn, density):
+    x = randn(2, 12, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradcheck(lambda x: sparse_jl(x, 4, 5, density), x)
+    torch.autograd.gradgradcheck(lambda x: sparse_jl(x, 4, 5, density), x)
+    g = randn(2, 4, dtype=torch.float64).requires_grad_()
+    torch.autograd.gradcheck(lambda g: sparse_jl_transpose(g, 12, 5, density), g)
+
+
+def test_incoming_gradients_of_any_layout(randn, density, layout):
+    gradient, grads = randn(13, 17), []
+    for incoming in (gradient, layout(gradient), randn(1, 1).expand(13, 17)):
+        x = randn(13, 30).requires_grad_()
+        grads += torch.autograd.grad(sparse_jl(x, 17, 5, density), x, incoming)
+        expected = sparse_jl_transpose(incoming.contiguous(), 30, 5, density)
+        torch.testing.assert_close(grads[-1], expected)
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+def test_nothing_is_saved_for_the_backward_pass(randn, density):
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
+        sparse_jl(randn(3, 30).requires_grad_(), 7, 5, density)
+    assert not saved
+
+
+def test_operator_keeps_its_promises(randn, dtype, density):
+    x = randn(6, 40, dtype=dtype)
+    for sample in (x, x.T, x[:0], x.clone().requires_grad_()):
+        for transposed in (False, True):
+            torch.library.opcheck(sparse_jl_op, (sample, 7, 5, density, transposed))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_without_a_graph_break(randn, density, backend):
+    def step(x):
+        return sparse_jl(2 * x, 7, 2**63 + 1, density) + 1
+
+    compiled = torch.compile(step, backend=backend, fullgraph=True)
+    x = randn(5, 300).requires_grad_()
+    y, expected = compiled(x), step(x)
+    torch.testing.assert_close(y, expected)
+    grads = [torch.autograd.grad(z.sum(), x)[0] for z in (y, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": [[1.0]]}, TypeError, "x must be a dense tensor, got list"),
+        ({"x": torch.ones(3, 4).int()}, TypeError, "x must be float16.*got torch.int32"),
+        ({"x": torch.ones(3, 4).to_sparse()}, TypeError, "x must be a dense tensor"),
+        ({"x": torch.ones(3, 4, device="meta")}, ValueError, "device type"),
+        ({"x": torch.ones(3)}, ValueError, "x must have two dimensions, got 1"),
+        ({"x": torch.ones(3, 0)}, ValueError, r"x.shape\[1\] must be in"),
+        ({"n_components": 2.0}, TypeError, "n_components must be an integer, got float"),
+        ({"n_components": 0}, ValueError, r"n_components must be in \[1, 2\^30\), got 0"),
+        ({"seed": 1.0}, TypeError, "seed must be an integer, got float"),
+        ({"seed": 2**64}, ValueError, r"seed must be in \[-2\^63, 2\^64\), got"),
+        (
+            {"density": "full"},
+            TypeError,
+            """density must be a number or "auto", got 'full'""",
+        ),
+        ({"density": None}, TypeError, "density must be a number or"),
+        ({"density": 0}, ValueError, r"density must be in \[2\^-32, 1\], got 0"),
+        ({"density": 1.1}, ValueError, r"density must be in \[2\^-32, 1\], got 1.1"),
+        ({"density": math.nan}, ValueError, r"density must be in \[2\^-32, 1\], got nan"),
+    ],
+)
+def test_errors(change, error, message):
+    arguments = {"x": torch.ones(3, 4), "n_components": 2, "seed": 0} | change
+    if isinstance(arguments["x"], torch.Tensor) and arguments["x"].device.type == "cpu":
+        arguments["x"] = arguments["x"].to(DEVICE)
+    with pytest.raises(error, match=message):
+        sparse_jl(**arguments)
+    transposed = {"y": arguments.pop("x"), "n_features": arguments.pop("n_components")}
+    message = re.sub("^x", "y", message).replace("n_components", "n_features")
+    with pytest.raises(error, match=message):
+        sparse_jl_transpose(**transposed, **arguments)
+
+
+# The exercises
+
+
+def random_signs(x, n_components, seed):
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (x.shape[1], n_components), generator=generator) * 2 - 1
+    return x @ (signs / math.sqrt(n_components)).to(x)
+
+
+def sketch(x, n_components, seed):
+    generator = torch.Generator().manual_seed(seed)
+    component = torch.randint(0, n_components, (x.shape[1],), generator=generator)
+    signs = torch.randint(0, 2, (x.shape[1],), generator=generator) * 2 - 1
+    one_hot = torch.nn.functional.one_hot(component, n_components)
+    return x @ (one_hot * signs[:, None]).to(x)
+
+
+def test_answers_are_told_right_from_wrong(capsys):
+    check_sign_projection(random_signs)
+    check_count_sketch(sketch)
+    assert capsys.readouterr().out == "right\nright\n"
+
+    with pytest.raises(AssertionError, match="entries must be plus and minus"):
+        check_sign_projection(sketch)
+    with pytest.raises(AssertionError, match="another seed makes the same matrix"):
+        check_sign_projection(lambda x, k, seed: random_signs(x, k, 1))
+    with pytest.raises(AssertionError, match="equal signs of two features"):
+        check_sign_projection(
+            lambda x, k, seed: random_signs(x[:, ::2] + x[:, 1::2], k, seed)
+        )
+    with pytest.raises(AssertionError, match="each row must have one entry"):
+        check_count_sketch(random_signs)
+    with pytest.raises(AssertionError, match="plus signs"):
+        check_count_sketch(
+            lambda x, k, seed: x @ sketch(torch.eye(len(x.T)).to(x), k, seed).abs()
+        )
+    with pytest.raises(AssertionError, match="features in component"):
+        check_count_sketch(
+            lambda x, k, seed: torch.nn.functional.pad(sketch(x, k - 1, seed), (1, 0))
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [1 / 3, 1 / 200])
+def test_more_than_2_to_the_31_elements(d):
+    x = torch.zeros(2**14, 2**17 + 8, device=DEVICE, dtype=torch.bfloat16)
+    x[-3:, -9:] = 1
+    for view in (x, x.T.contiguous().T):
+        y = sparse_jl(view, 64, 5, d)
+        torch.testing.assert_close(y[-3:], sparse_jl(x[-3:], 64, 5, d))
+        assert not y[:-3].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("d", [1 / 3, "auto"])
+def test_no_matrix_is_stored(d):
+    x = torch.randn(64, 2**20, device=DEVICE, dtype=torch.bfloat16)
+    y = sparse_jl(x, 4096, 5, d)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y = sparse_jl(x, 4096, 5, d)
+    extra = torch.cuda.max_memory_allocated() - before - y.nbytes
+    assert extra < 0.03 * 2**20 * 4096 * 2
