@@ -40,6 +40,8 @@ sphinx_gallery_conf = {
             "baseline_dropout.py",
             "seeded_dropout.py",
             "checkpointed_dropout.py",
+            "recurrent_dropout.py",
+            "fused_lstm.py",
             "*",
         ]
     ),

@@ -123,6 +123,8 @@ def test_every_lesson_is_listed_in_reading_order():
         "baseline_dropout",
         "seeded_dropout",
         "checkpointed_dropout",
+        "recurrent_dropout",
+        "fused_lstm",
     ]
     assert list(dict.fromkeys(lessons)) == names
 
