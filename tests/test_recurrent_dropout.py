@@ -4,6 +4,7 @@ import math
 import pickle
 import warnings
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import recurrent_dropout
@@ -16,7 +17,7 @@ from recurrent_dropout import (
     LanguageModel,
     LockedDropout,
     WeightDrop,
-    decision_for_each,
+    picture,
     read_corpus,
     shared_dropout,
     side_by_side,
@@ -141,11 +142,21 @@ def test_errors_of_the_operator(x, p, seed, error, message):
 # The table
 
 
-def test_the_table_reads_the_shapes():
-    assert decision_for_each("1 B G H") == "sequence, gate, unit"
-    assert decision_for_each("G H 1") == "gate, unit"
-    assert decision_for_each("V 1") == "word"
-    assert all(len(form) == 5 for form in FORMS.values())
+@pytest.mark.parametrize("name", FORMS)
+def test_the_picture_of_a_mask_repeats_where_decisions_are_shared(name):
+    target, shape, *rest = FORMS[name]
+    assert len(rest) == 3
+    image = picture(target, shape, 1)
+    if shape[0] in "GV":
+        assert image.shape == ((6, 24) if shape[0] == "G" else (12, 24))
+        assert (shape[-1] == "1") == bool(
+            (image == image[:, :1]).all() or (image == image[:1]).all()
+        )
+        return
+    image = image.view(4, 3, 4, 6)  # steps, sequences, gates, units
+    assert ("1" in shape) == bool((image == image[:1]).all())
+    assert ("G" in shape or target == "g") == bool((image != image[:, :, :1]).any())
+    assert (image != image[:, :1]).any()
 
 
 # LockedDropout
@@ -312,7 +323,7 @@ def test_side_by_side_is_one_block(randn):
     parameters = dict(make_lstm().named_parameters())
     block = side_by_side(parameters)
     pointers = sorted((t.data_ptr(), t.nbytes) for t in block.values())
-    assert all(a + n == b for (a, n), (b, _) in zip(pointers, pointers[1:], strict=False))
+    assert all(a + n == b for (a, n), (b, _) in pairwise(pointers))
     assert all(torch.equal(block[name], parameters[name]) for name in parameters)
 
 
@@ -376,7 +387,9 @@ def test_embedding_dropout_modes_and_words():
 
 
 def test_errors_of_embedding_dropout():
-    with pytest.raises(TypeError, match="embedding must be an nn.Embedding, got Linear"):
+    with pytest.raises(
+        TypeError, match=r"embedding must be an nn\.Embedding, got Linear"
+    ):
         EmbeddingDropout(torch.nn.Linear(2, 2))
     for options in ({"sparse": True}, {"max_norm": 1.0}):
         with pytest.raises(ValueError, match="embedding must have sparse=False"):
@@ -466,11 +479,11 @@ def test_the_language_model_shares_its_weights():
     model = LanguageModel(11, 4, 6, **VARIANTS["all together"]).to(DEVICE)
     names = [name for name, _ in model.named_parameters()]
     assert (
-        names[0] == "bias" and "embedding.embedding.weight" in names and len(names) == 14
+        names[0] == "bias" and "embedding.embedding.weight" in names and len(names) == 10
     )
     words = torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
-    scores, states = model(words, [None] * 3)
-    assert scores.shape == (3, 2, 11) and len(states) == 3
+    scores, states = model(words, [None] * 2)
+    assert scores.shape == (3, 2, 11) and len(states) == 2
     assert not any(part.requires_grad for state in states for part in state)
 
 

@@ -59,8 +59,8 @@ print(MACHINE)
 #    c_t = f \cdot c_{t-1} + i \cdot g, \qquad h_t = o \cdot \tanh c_t
 #
 # Keras's LSTM takes two rates. ``dropout`` masks the input, ``recurrent_dropout`` the state. Both
-# masks are drawn once a call and hold for all steps, as Gal and Ghahramani derived it, and what is kept is scaled by
-# 1 / (1 - p). ``implementation`` says who shares them:
+# masks are drawn once a call and hold for all steps, as Gal and Ghahramani derived it, and what is
+# kept is scaled by 1 / (1 - p). ``implementation`` says who shares them:
 #
 # - **1**: each gate has a mask of its own, in the order i, f, g, o. (Keras calls g c.)
 # - **2** and **0**: the four gates share one.
@@ -97,29 +97,32 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # How fast could it be?
 # ---------------------
 #
-# Step t needs the output of step t - 1, so the loop over time stays. What each step must do is one product of
-# the masked state, batch × H, with U, H × 4H, and some arithmetic on batch × H numbers. Everything that
-# does not depend on the step before can leave the loop: the products with the inputs become one large product
-# before it, and the gradients of both weights become large products after it. What is left:
+# Step t needs the output of step t - 1, so the loop over time stays. What each step must do is one
+# product of the masked state, batch × H, with U, H × 4H, and some arithmetic on batch × H numbers.
+# Everything that does not depend on the step before can leave the loop: the products with the
+# inputs become one large product before it, and the gradients of both weights become large
+# products after it. What is left:
 #
 # .. image:: /_static/fused_lstm.svg
 #    :alt: A chain of steps. In each, a matrix product with U, then one kernel with gates, cell and mask, whose masked output enters the product of the next step.
 #
-# Two launches a step, instead of the ten or twenty of the plain loop, and twice that with the backward pass. The product
-# is PyTorch's, and good. The other launch is ours.
+# That is two launches a step, where the plain loop has a dozen, and as many in the backward pass. The
+# product is PyTorch's. The other launch is ours.
 #
 # One kernel for a step
 # ---------------------
 #
 # Each program takes one sequence and a block of units. It reads what the product left, applies the
 # gates, and writes c, h and the *masked* h, once for each mask, ready for the next product. It
-# also leaves the gates' values where it found their arguments, because the backward pass needs them.
+# also leaves the gates' values where it found their arguments, because the backward pass needs
+# them.
 #
-# The mask is drawn, not read: **the state of unit u in sequence b is kept for gate k when word k of Philox, with the
-# seed as key and the counter b · 2³² + u, is at least p · 2³², rounded.** Four gates, four words. With one shared mask
-# it is word 0. Every step draws the same words again, which costs less than reading them would.
+# The mask is drawn, not read: **the state of unit u in sequence b is kept for gate k when word k
+# of Philox, with the seed as key and the counter b · 2³² + u, is at least p · 2³², rounded.** Four
+# gates, four words. With one shared mask it is word 0. Every step draws the same words again,
+# which takes arithmetic, and no memory.
 #
-# Sequences may differ in length. After its end a sequence has state 0, and nothing happens to it.
+# Sequences may differ in length: from a sequence's end on, everything that is read counts as 0.
 
 
 @triton.jit
@@ -148,7 +151,7 @@ def step_kernel(
     inside = unit < n_units
     active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
     before = (t * n_sequences + sequence) * n_units + unit
-    after = before + n_sequences * n_units
+    after = ((t + 1) * n_sequences + sequence) * n_units + unit
 
     c = tl.load(c_ptr + before, mask=active, other=0.0)  # float32 or float64
     gate = gates_ptr + 4 * (before - unit) + unit
@@ -171,23 +174,22 @@ def step_kernel(
         scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
         kept = tl.where(words[k].to(tl.int64) >= threshold, h * scale, 0.0)
-        tl.store(
-            masked_ptr + (k * n_sequences + sequence) * n_units + unit, kept, mask=inside
-        )
+        place = (k * n_sequences + sequence) * n_units + unit
+        tl.store(masked_ptr + place, kept, mask=inside)
 
 
 # %%
-# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0: no other line has
-# to know about lengths. c is kept in float32 even when everything else is bfloat16, because it sums over
-# all steps.
+# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. No other
+# line has to know about lengths. c is float32 even when all else is bfloat16, because it sums over
+# all steps. (The hyperbolic tangent is made from a sigmoid: Triton's own has no interpreter.)
 #
 # The backward pass of a step
 # ---------------------------
 #
 # Run the loop from the end. The gradient of h has two parts: from the output, and from the next
-# step's product, which arrives once for each mask and goes through that mask again. From there it is the
-# chain rule through the formulas above. The kernel leaves the gradients of the gates' arguments, from which
-# one product makes those of the masked state, and so on to the first step.
+# step's product, which arrives once for each mask and goes through that mask again. From there it
+# is the chain rule through the formulas above. The kernel leaves the gradients of the gates'
+# arguments, from which one product makes those of the masked state, and so on to the first step.
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -214,19 +216,18 @@ def step_backward_kernel(
     inside = unit < n_units
     active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
     before = (t * n_sequences + sequence) * n_units + unit
-    after = before + n_sequences * n_units
-    place = sequence * n_units + unit
+    after = ((t + 1) * n_sequences + sequence) * n_units + unit
+    d_cell_ptr += sequence * n_units + unit
 
-    dc = tl.load(d_cell_ptr + place, mask=active, other=0.0)  # float32 or float64
+    dc = tl.load(d_cell_ptr, mask=active, other=0.0)  # float32 or float64
     dc += tl.load(dc_ptr + after, mask=active, other=0.0)
     dh = tl.load(dh_ptr + after, mask=active, other=0.0).to(dc.dtype)
     words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
     if dc.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
-        d_masked = tl.load(
-            d_masked_ptr + k * n_sequences * n_units + place, mask=active, other=0.0
-        )
+        place = (k * n_sequences + sequence) * n_units + unit
+        d_masked = tl.load(d_masked_ptr + place, mask=active, other=0.0)
         dh += tl.where(words[k].to(tl.int64) >= threshold, d_masked * scale, 0.0)
 
     gate = 4 * (before - unit) + unit
@@ -243,17 +244,17 @@ def step_backward_kernel(
     tl.store(d_gate + n_units, dc * c_before * f * (1 - f), mask=inside)
     tl.store(d_gate + 2 * n_units, dc * i * (1 - g * g), mask=inside)
     tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=inside)
-    tl.store(d_cell_ptr + place, dc * f, mask=inside)
+    tl.store(d_cell_ptr, dc * f, mask=inside)
 
 
 # %%
 # The same mask, outside the loop
 # -------------------------------
 #
-# Three places outside the loop need the masks, too: the inputs before the first product, the first state, and the
-# states once more for the gradient of U. One small kernel multiplies (G, T, B, units) by a
-# mask (G, 1, B, units), and since that is linear, it is its own backward pass. G copies of one tensor come as an
-# ``expand``, with a stride of 0, and are read from where they are.
+# Three places outside the loop need the masks, too: the inputs before the first product, the first
+# state, and the states once more for the gradient of U. One small kernel multiplies (G, T, B,
+# units) by a mask (G, 1, B, units), and since that is linear, it is its own backward pass. G
+# copies of one tensor come as an ``expand``, with a stride of 0, and are read from where they are.
 
 
 @triton.jit
@@ -273,14 +274,14 @@ def gate_dropout_kernel(
     row = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < n_units
-    place = row * n_units + unit
     words = tl.randint4x(tl.load(seed_ptr), (row % n_sequences << 32) | unit)
     if x_ptr.dtype.element_ty != tl.float64:
         scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
-        x = tl.load(x_ptr + k * gate_stride + place, mask=inside)
+        x = tl.load(x_ptr + row * n_units + unit, mask=inside)
         kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
-        tl.store(y_ptr + k * n_rows * n_units + place, kept, mask=inside)
+        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
+        x_ptr += gate_stride
 
 
 BLOCK = 128
@@ -335,8 +336,8 @@ gate_dropout.register_autograd(gate_dropout_gradient, setup_context=keep_p_and_s
 # The loop
 # --------
 #
-# Now the operator that runs all steps. U comes as (G, 4H/G, H): as four matrices for four masked states, or as one. The
-# product is a batched one, added in place to what the inputs gave.
+# Now the operator that runs all steps. U comes as (G, 4H/G, H): as four matrices for four masked
+# states, or as one. The product is a batched one, added in place to what the inputs gave.
 
 
 @torch.library.custom_op("fast_and_right::lstm_steps", mutates_args=())
@@ -375,8 +376,8 @@ def _(from_input, weight, h0, c0, lengths, p, seed):
 
 
 # %%
-# Back through the steps. After the loop, the gradient of U is one product over all steps at once, and the masked
-# states it needs are drawn again rather than kept.
+# Back through the steps. After the loop, the gradient of U is one product over all steps at once,
+# and the masked states it needs are drawn again rather than kept.
 
 
 @torch.library.custom_op("fast_and_right::lstm_steps_backward", mutates_args=())
@@ -439,9 +440,9 @@ lstm_steps.register_autograd(lstm_steps_gradient, setup_context=keep_what_backwa
 # The module
 # ----------
 #
-# It takes its arguments, its parameters' names and its results from ``torch.nn.LSTM``, so that a state dict goes
-# from one to the other, and the rates from Keras. The seeds are drawn on the GPU by PyTorch's own generator:
-# ``torch.manual_seed`` governs them, and ``checkpoint`` replays them.
+# It takes its arguments, its parameters' names and its results from ``torch.nn.LSTM``, so that a
+# state dict goes from one to the other, and the rates from Keras. The seeds are drawn on the GPU
+# by PyTorch's own generator: ``torch.manual_seed`` governs them, and ``checkpoint`` replays them.
 
 
 class LSTM(torch.nn.Module):
@@ -622,9 +623,10 @@ class LSTM(torch.nn.Module):
 # Is it right?
 # ------------
 #
-# With nothing dropped it must agree with ``torch.nn.LSTM``, and with dropout with the loop, given the same masks. To
-# see the masks, pass ones through ``gate_dropout`` with the seeds that the module is going to draw. All in
-# float64, so that the comparison is sharp, and with the gradients of everything.
+# With nothing dropped it must agree with ``torch.nn.LSTM``, and with dropout with the loop, given
+# the same masks. To see the masks, pass ones through ``gate_dropout`` with the seeds that the
+# module is going to draw. All in float64, so that the comparison is sharp, and with the gradients
+# of everything.
 
 T, B, F, H = 5, 3, 4, 7
 torch.manual_seed(0)
@@ -670,8 +672,8 @@ for lstm.implementation in (1, 2):
     )
 
 # %%
-# Sequences of different lengths, packed or padded, come out as they would alone. A length of 0 leaves the state as it
-# was; ``torch.nn.LSTM`` refuses it.
+# Sequences of different lengths, packed or padded, come out as they would alone. A length of 0
+# leaves the state as it was; ``torch.nn.LSTM`` refuses it.
 
 lengths = [5, 0, 2]
 output, (h_n, _) = lstm.eval()(x, lengths=lengths)
@@ -688,16 +690,16 @@ torch.testing.assert_close(lstm(packed)[0].data, reference(packed)[0].data)
 # Take the CPU out of the loop
 # ----------------------------
 #
-# Every launch costs the CPU time: a few microseconds for an operator of PyTorch, more for one of Triton. Two
-# launches a step are few, but the GPU needs only some ten microseconds for a step, and waits for the CPU.
+# Every launch costs the CPU time, one of Triton more than one of PyTorch's own. Two a step are few,
+# but if the GPU is done with a step before the CPU has launched the next, it waits.
 #
-# A *CUDA graph* records the launches once and replays them all with one call. PyTorch records a module's forward
-# and backward pass with ``torch.cuda.make_graphed_callables``. The module then wants inputs of the recorded shape, and the
-# output of one replay is overwritten by the next.
+# A *CUDA graph* records the launches once and replays them all with one call. PyTorch records a
+# module's forward and backward pass with ``torch.cuda.make_graphed_callables``. The module then
+# wants inputs of the recorded shape, and the output of one replay is overwritten by the next.
 #
-# A replay repeats the same launches with the same arguments. Would it draw the same masks? It would if the seed were an
-# argument. But the kernels *load* the seed, and the launch that draws it is in the recording as well; PyTorch
-# moves its generator on with every replay.
+# A replay repeats the same launches with the same arguments. Would it draw the same masks? It
+# would if the seed were an argument. But the kernels *load* the seed, and the launch that draws it
+# is in the recording as well; PyTorch moves its generator on with every replay.
 
 if not INTERPRET:
     graphed = LSTM(F, H, recurrent_dropout=0.3).to(DEVICE)
@@ -719,13 +721,14 @@ if not INTERPRET:
 # How fast is it?
 # ---------------
 #
-# The size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, and more or fewer units than its 1150. Forward and
-# backward together. Four lines: this module, recorded, with either implementation; cuDNN's LSTM, which can't
-# drop anything of its state; and the plain loop with one mask (implementation 2), as it is and recorded.
+# The size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, and more or fewer units than its
+# 1150. Forward and backward together. There are this module, recorded, with either implementation;
+# cuDNN's LSTM, which can't drop anything of its state; the plain loop with one mask; and as the limit
+# the matrix products alone, recorded, with nothing in between.
 #
 # In float32 mind the precision. cuDNN's LSTM rounds the inputs of its products to TF32 unless told
-# otherwise, and PyTorch's matrix products do not unless told to. In the figure all use TF32; the
-# table has both.
+# otherwise, and PyTorch's products do not unless told to. In the figure all use TF32; the table has
+# both.
 
 
 class Loop(LSTM):
@@ -747,10 +750,34 @@ class Loop(LSTM):
         )
 
 
+def products_alone(n_units, dtype):
+    """A call that replays the matrix products of a forward and a backward pass."""
+    H = n_units + -n_units % 8
+    sizes = (5600, 400), (5600, H), (5600, 4 * H), (4 * H, 400), (4 * H, H)
+    x, h, d, W, U = (torch.randn(size, device=DEVICE, dtype=dtype) for size in sizes)
+
+    def run():
+        linear(x, W)
+        for _ in range(70):
+            linear(h[:80], U)
+        for _ in range(70):
+            d[:80] @ U
+        return d.T @ h, d.T @ x, d @ W
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def time_of(implementation, n_units, dtype, tf32=True):
     """Milliseconds of a forward and a backward pass."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     name, *recorded = implementation.split(", ")
+    if name == "products":
+        step = products_alone(n_units, dtype)
+        return triton.testing.do_bench(step, return_mode="median")
     make = {
         "1": lambda: LSTM(400, n_units, 0.3, 0.3, implementation=1),
         "2": lambda: LSTM(400, n_units, 0.3, 0.3, implementation=2),
@@ -777,6 +804,7 @@ LINES = {
     "cuDNN": ("cuDNN, no recurrent dropout", "#0072b2", "-"),
     "loop": ("plain loop", "#cc79a7", "-"),
     "loop, recorded": ("plain loop, recorded", "#cc79a7", "--"),
+    "products": ("matrix products alone", "#555555", "--"),
 }
 
 
@@ -814,27 +842,26 @@ elif __name__ == "__main__":
         times = [time_of(implementation, 1150, dtype, tf32) for implementation in LINES]
         rows.append([name, *times])
         print(
-            f"{name}: implementation 1 takes {times[0] / times[3]:.2f} times what cuDNN takes "
+            f"{name}: implementation 1 takes {times[0] / times[3]:.2f} times as long as cuDNN "
             f"without dropout, and is {times[4] / times[0]:.1f} times as fast as the loop."
         )
     columns = ["1150 units, ms:", *(name for name, *_ in LINES.values())]
     print(tabulate(zip(columns, *rows, strict=True), "firstrow", floatfmt=".2f"))
 
 # %%
-# Read the solid orange line against the solid blue one: the fused loop *with* recurrent dropout, and cuDNN's LSTM without.
-# A step of cuDNN's has to come back from every multiprocessor as well before the next can begin, and
-# its kernels were not written for this GPU's matrix units at this size; PyTorch's products are chosen
-# by size and dtype.
+# Compare the solid orange line with the solid blue one: the fused loop *with* recurrent dropout, and
+# cuDNN's LSTM without. Then with the dashed grey one: what the kernels between the products cost, and
+# what implementation 1 pays for four products in the place of one.
 #
-# The dotted line is the same work, launched from Python step by step. The distance to the solid lines is time
-# in which the GPU waits for the CPU, and it grows smaller as the products grow. The dashed pink line is the plain loop,
-# recorded: a graph removes the launches but not the traffic, and every small operator still reads and writes its
-# tensors.
+# The dotted line is the same work, launched from Python step by step. Its distance to the solid line
+# is time in which the GPU waits for the CPU. The dashed pink line is the plain loop, recorded: a
+# graph takes the CPU out of it, but every small operator still reads and writes its tensors.
 #
 # Nothing is kept for the masks
 # -----------------------------
 #
-# What does a training step hold between forward and backward? Compare rates of 0 and of 0.3, by the allocator's count.
+# What does a training step hold between forward and backward? Compare rates of 0 and of 0.3, by
+# the allocator's count.
 
 if __name__ == "__main__" and not INTERPRET:
     for name, make in [
@@ -853,17 +880,20 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{name}, MiB: {held[0]:.0f} at a rate of 0, {held[1]:.0f} at 0.3")
 
 # %%
-# The masked inputs of the first product are kept, G times the input, with or without dropout; masks are not.
+# The masked inputs of the first product are kept, G times the input, with or without dropout;
+# masks are not.
 #
 # Exercises
 # ---------
 #
 # 1. Remove the line that adds units until they are a multiple of 8, and measure 1150 units again.
-# 2. Draw the recurrent mask anew at each step. Which number has to enter the counter, and which other
-#    kernel must draw it likewise?
-# 3. Give the module Semeniuta's dropout, which multiplies g alone. Two lines of either kernel change.
-# 4. Let one launch run all steps: programs that stay on the GPU, each with its columns of U on the chip, and a
-#    barrier after each step. What must a program read from the others at each step, and what would it save?
+# 2. Draw the recurrent mask anew at each step. Which number has to enter the counter, and which
+#    other kernel must draw it likewise?
+# 3. Give the module Semeniuta's dropout, which multiplies g alone. Two lines of either kernel
+#    change.
+# 4. Let one launch run all steps: programs that stay on the GPU, each with its columns of U on the
+#    chip, and a barrier after each step. What must a program read from the others at each step,
+#    and what would it save?
 #
 # References
 # ----------

@@ -4,8 +4,8 @@
 Dropout in recurrent networks
 =============================
 
-Ask three libraries for dropout in an LSTM and you get three different things, sometimes under one name.
-What differs is the mask: its shape, what it multiplies, and when a new one is drawn. This lesson
+Ask three libraries for dropout in an LSTM and you get three different things, sometimes under one
+name. What differs is the mask: its shape, what it multiplies, and when a new one is drawn. This lesson
 puts the forms side by side, in one table and one figure, and builds the modules of the AWD-LSTM
 language model, ``LockedDropout``, ``WeightDrop`` and ``EmbeddingDropout``, on a single kernel
 that draws every mask from a seed and stores none.
@@ -69,9 +69,8 @@ print(MACHINE)
 # - **When is a new mask drawn?**
 #
 # A mask whose decisions are shared has fewer of them than the tensor that it multiplies. Its shape
-# tells: T steps, B sequences of a batch, G = 4 gates, H hidden units or as many inputs, V words of a
-# vocabulary, and 1 where all of them share. So a form is a line of a table, and the middle column
-# can be computed from the one before it:
+# tells: T steps, B sequences of a batch, G = 4 gates, H hidden units or as many inputs, V words of
+# a vocabulary, and 1 where all of them share. So a form is a line of a table:
 
 import matplotlib.pyplot as plt
 from tabulate import tabulate
@@ -79,63 +78,46 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-FORMS = {  # what is multiplied, the mask's shape, when it is drawn, what makes up for the loss, source
-    "naive": ("x, or h", "T B H", "each step", "1/(1-p)", "Zaremba 2014 (x)"),
-    "Gal, tied": ("x and h", "1 B H", "each sequence", "mean at test", "Gal 2016"),
-    "Gal, untied": ("x and h", "1 B G H", "each sequence", "mean at test", "Gal 2016"),
-    "Keras, implementation 1": (
-        "x and h",
-        "1 B G H",
-        "each call",
-        "1/(1-p)",
-        "Keras 2, 3",
-    ),
-    "Keras, implementation 0, 2": ("x and h", "1 B H", "each call", "1/(1-p)", "Keras 2"),
-    "LockedDropout": ("a layer's x or h", "1 B H", "each call", "1/(1-p)", "Merity 2017"),
-    "WeightDrop": ("U", "G H H", "each call", "1/(1-p)", "Merity 2017"),
-    "WeightDrop, variational": ("U", "G H 1", "each call", "1/(1-p)", "awd-lstm-lm"),
-    "embedding dropout": ("embedding", "V 1", "each call", "1/(1-p)", "Gal 2016"),
-    "Semeniuta": ("g alone", "T B H", "each step", "1-p at test", "Semeniuta 2016"),
-    "zoneout": ("c and h: stay", "T B H", "each step", "mean at test", "Krueger 2017"),
+FORMS = {  # what it multiplies, the mask's shape, when a new one is drawn, scaling, source
+    "naive": ("x or h", "T B H", "step", "1/(1-p)", "Zaremba 2014"),
+    "Gal, tied": ("x and h", "1 B H", "sequence", "1-p, test", "Gal 2016"),
+    "Gal, untied": ("x and h", "1 B G H", "sequence", "1-p, test", "Gal 2016"),
+    "Keras implementation 1": ("x and h", "1 B G H", "call", "1/(1-p)", "Keras 2, 3"),
+    "Keras implementation 2": ("x and h", "1 B H", "call", "1/(1-p)", "Keras 2"),
+    "LockedDropout": ("x or h", "1 B H", "call", "1/(1-p)", "Merity 2017"),
+    "WeightDrop": ("U", "G H H", "call", "1/(1-p)", "Merity 2017"),
+    "WeightDrop variational": ("U", "G H 1", "call", "1/(1-p)", "awd-lstm-lm"),
+    "embedding dropout": ("embedding", "V 1", "call", "1/(1-p)", "Gal 2016"),
+    "Semeniuta": ("g", "T B H", "step", "1-p, test", "Semeniuta 2016"),
+    "zoneout": ("new c, h", "T B H", "step", "1-p, test", "Krueger 2017"),
 }
-OWNERS = {"T": "step", "B": "sequence", "G": "gate", "H": "unit", "V": "word"}
-
-
-def decision_for_each(shape):
-    return ", ".join(dict.fromkeys(OWNERS[axis] for axis in shape.split() if axis != "1"))
-
 
 rows = [
-    [name, multiplies, shape, decision_for_each(shape), *rest]
-    for name, (multiplies, shape, *rest) in FORMS.items()
+    [name, target, shape, "own" if "G" in shape else "shared", *rest]
+    for name, (target, shape, *rest) in FORMS.items()
 ]
-headers = [
-    "form",
-    "multiplies",
-    "mask",
-    "a decision for each",
-    "drawn",
-    "scale",
-    "source",
-]
+headers = ["form", "multiplies", "mask", "gates", "new each", "scale", "source"]
 print(tabulate(rows, headers))
 
 # %%
 # Some lines hide a trap:
 #
-# - The two of **Gal and Ghahramani** are the ones with an argument behind them: dropout as approximate
-#   Bayesian inference over the weights, and a sequence sees one draw of the weights. Where the
-#   weights of the gates are drawn apart, *untied*, each gate has its own mask.
-# - **Keras** has both under the name ``implementation``. Today's Keras switches to implementation 1 as soon as
-#   ``recurrent_dropout`` is above 0, whatever you ask for; implementation 2 then concerns the input alone.
-# - **LockedDropout** acts between layers, where an optimized LSTM such as cuDNN's can stay whole. Nothing
-#   within the recurrence is dropped.
-# - **WeightDrop** reaches into the recurrence without touching the loop: the weights are masked once, before the
-#   loop starts. All sequences of the batch share the mask, which is the price.
-# - **Semeniuta** drops only what is added to the memory, and **zoneout** replaces a new value by the old one instead
-#   of by zero, so neither erases the memory at a rate of p at each step, as a naive mask on the state would.
-# - "Mean at test" says that training multiplies by 0 or 1, and testing by 1 - p. Dividing by 1 - p in
-#   training is the same up to a constant, and is what code does today.
+# - The two of **Gal and Ghahramani** are the ones with an argument behind them: dropout as
+#   approximate Bayesian inference over the weights, and a sequence sees one draw of the weights.
+#   Where the weights of the gates are drawn apart, *untied*, each gate has its own mask.
+# - **Keras** has both under the name ``implementation``; 0 is like 2. Today's Keras switches to 1
+#   as soon as ``recurrent_dropout`` is above 0, whatever you ask for, so that 2 concerns the input
+#   alone.
+# - **LockedDropout** acts on what goes into and comes out of a layer, so an optimized LSTM such as
+#   cuDNN's can stay whole. Nothing within the recurrence is dropped.
+# - **WeightDrop** reaches into the recurrence without touching the loop: the weights are masked
+#   once, before the loop starts. All sequences of the batch share the mask, which is the price.
+# - **Semeniuta** drops only what is added to the memory, and **zoneout** replaces a new value by
+#   the old one instead of by zero, so neither erases the memory at a rate of p at each step, as a
+#   naive mask on the state would.
+# - "1-p, test" says that training multiplies by 0 or 1, and testing by the mean, 1 - p. (Zoneout
+#   mixes old and new in that proportion.) Dividing by 1 - p in training instead leaves testing
+#   alone, and is what code does today.
 #
 # One kernel for all shapes
 # -------------------------
@@ -148,11 +130,11 @@ print(tabulate(rows, headers))
 # - ``WeightDrop`` on (4H, H) is 1 × 4H·H × 1, and 1 × 4H × H if ``variational``;
 # - embedding dropout on (V, F) is 1 × V × F.
 #
-# :ref:`seeded dropout` draws a decision for each element, and its mask needs no memory, since anyone who has the
-# seed can draw it again. Here is that kernel with a tile of *decisions × width* in place of a
-# block of elements. **Decision i keeps when word i mod 4 of Philox, with the seed as key and the counter
-# ⌊i / 4⌋, is at least p · 2³², rounded.** A time step is one more group of programs that draw the
-# same words again: that is cheaper than reading a mask.
+# :ref:`seeded dropout` draws a decision for each element, and its mask needs no memory, since
+# anyone who has the seed can draw it again. Here is that kernel with a tile of *decisions × width*
+# in place of a block of elements. **Decision i keeps when word i mod 4 of Philox, with the seed as
+# key and the counter ⌊i / 4⌋, is at least p · 2³², rounded.** A time step is one more group of
+# programs that draw the same words again, which costs arithmetic but no memory.
 
 
 @triton.jit
@@ -167,7 +149,7 @@ def shared_dropout_kernel(
     DECISIONS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    n_blocks = tl.cdiv(n_decisions, DECISIONS)
+    n_blocks = tl.cdiv(tl.cast(n_decisions, tl.int64), DECISIONS)
     pid = tl.program_id(0).to(tl.int64)
     repeat, block = pid // n_blocks, pid % n_blocks
 
@@ -187,10 +169,10 @@ def shared_dropout_kernel(
 
 
 # %%
-# Two details. The seed is *loaded*: it stays on the GPU, no one waits for it, and a CUDA graph that is
-# replayed reads a new one each time. And the backward pass, as ever with dropout, is the same kernel on the
-# incoming gradient, with the same seed. So the operator's gradient is itself, and all it keeps is the
-# 8 bytes of the seed.
+# Two details. The seed is *loaded*: it stays on the GPU, no one waits for it, and a CUDA graph
+# that is replayed reads a new one each time. And the backward pass, as ever with dropout, is the
+# same kernel on the incoming gradient, with the same seed. So the operator's gradient is itself,
+# and all it keeps is the 8 bytes of the seed.
 
 
 @torch.library.custom_op("fast_and_right::shared_dropout", mutates_args=())
@@ -261,8 +243,8 @@ def backward(ctx, gradient):
 shared_dropout.register_autograd(backward, setup_context=keep_p_and_seed)
 
 # %%
-# Check it as the other lessons do: the gradient against finite differences, the operator against what
-# it promises, and the mask against the one that a plain dropout of the decisions gives.
+# Check it as the other lessons do: the gradient against finite differences, the operator against
+# what it promises, and the mask against the one that a plain dropout of the decisions gives.
 
 seed = torch.tensor([7], device=DEVICE)
 x = torch.randn(2, 5, 3, device=DEVICE, dtype=torch.float64, requires_grad=True)
@@ -277,40 +259,39 @@ assert torch.equal(
 # What the masks look like
 # ------------------------
 #
-# Now draw the table. Each panel shows one mask of 4 steps, 3 sequences and 6 units: across, the units, once
-# for each gate; downwards, the sequences, once for each step. For masks of weights, which know of no steps and
-# no sequences, downwards are the inputs of U, and for the embedding its words. A whole stripe of one
-# colour is a decision that is shared.
+# Now draw the table. Each panel shows a mask for 4 steps, 3 sequences and 6 units: across, the
+# units, once for each gate; downwards, the sequences, once for each step. Masks of weights know of
+# no steps and no sequences: there, downwards are the inputs of U, or the words of the embedding.
+# Where a pattern repeats, a decision is shared.
 
 SIZES = {"T": 4, "B": 3, "G": 4, "H": 6, "V": 12, "1": 1}
 
 
-def example(shape, seed):
-    """A mask of this shape, and the picture of it: rows by gates times units."""
+def picture(target, shape, seed):
+    """A mask as an image: steps and sequences, or inputs, or words, by gates and units."""
     sizes = [SIZES[axis] for axis in shape.split()]
     ones = torch.ones(1, torch.Size(sizes).numel(), 1, device=DEVICE)
-    mask = shared_dropout(ones, 0.5, torch.tensor([seed], device=DEVICE)).reshape(sizes)
-    n_gates, n_units = SIZES["G"], SIZES["H"]
+    mask = shared_dropout(ones, 0.5, torch.tensor([seed], device=DEVICE)).view(sizes)
     if "V" in shape:
-        return mask.expand(-1, n_gates * n_units)
-    if shape[0] == "G":  # a mask of U: gates, units, inputs
-        return mask.expand(-1, -1, n_units).flatten(0, 1).T
+        return mask.expand(-1, 24)
+    if shape[0] == "G":
+        return mask.expand(4, 6, 6).flatten(0, 1).T
     if "G" not in shape:
         mask = mask.unsqueeze(2)
-    return mask.expand(SIZES["T"], -1, n_gates, -1).flatten(2).flatten(0, 1)
+    mask = mask.expand(4, 3, 4, 6).clone()
+    if target == "g":
+        mask[:, :, [0, 1, 3]] = 1
+    return mask.flatten(2).flatten(0, 1)
 
 
 figure, axes = plt.subplots(3, 4, figsize=(9, 6.6), layout="constrained")
-for seed, (axis, (name, (_, shape, *_))) in enumerate(
-    zip(axes.flat, FORMS.items(), strict=False)
-):
-    picture = example(shape, seed)
-    axis.imshow(picture.cpu() != 0, cmap="Blues", vmin=-0.3, vmax=1.3, aspect="auto")
+for seed, (name, (target, shape, *_)) in enumerate(FORMS.items(), start=20):
+    axis = axes.flat[seed - 20]
+    image = picture(target, shape, seed).cpu() != 0
+    axis.imshow(image, cmap="Blues", vmin=-0.3, vmax=1.3, aspect="auto")
     axis.set_title(f"{name}\n{shape}", fontsize=9)
-    axis.set(xticks=[6 * gate + 2.5 for gate in range(4)], xticklabels="ifgo", yticks=[])
-    axis.set_ylabel(
-        "words" if "V" in shape else "inputs of U" if shape[0] == "G" else "steps"
-    )
+    axis.set(xticks=[2.5, 8.5, 14.5, 20.5], xticklabels="ifgo", yticks=[])
+    axis.set_ylabel({"G": "inputs of U", "V": "words"}.get(shape[0], "steps"))
     for gate in (1, 2, 3):
         axis.axvline(6 * gate - 0.5, color="white", linewidth=2)
     for step in (1, 2, 3) if "B" in shape else ():
@@ -323,33 +304,24 @@ plt.show()
 # Rows are not columns
 # --------------------
 #
-# ``WeightDrop(..., variational=True)`` has raised the same question since 2017: is it Gal's dropout? Its mask
-# of shape (4H, 1) zeroes *rows* of U. Gal's mask multiplies h, and multiplying h by a mask is
-# zeroing *columns* of U, since :math:`U (m \cdot h) = (U \,\mathrm{diag}(m))\, h`:
-#
-# Do it in numbers: a batch of two sequences, and what is left of U for each.
+# ``WeightDrop(..., variational=True)`` has raised the same question since 2017: is it Gal's
+# dropout? Its mask of shape (4H, 1) zeroes *rows* of U. Gal's mask multiplies h, and that is
+# zeroing *columns* of U, since :math:`U (m \cdot h) = (U \,\mathrm{diag}(m))\, h`. Do it in
+# numbers: a batch of two sequences, and what is left of U for each.
 
 H = 6
 U = torch.randn(4 * H, H, device=DEVICE)
 h = torch.randn(2, H, device=DEVICE)
-columns = shared_dropout(
-    torch.ones(1, 2 * H, 1, device=DEVICE), 0.5, torch.tensor([1], device=DEVICE)
-).view(2, H)
-rows = shared_dropout(
-    torch.ones(1, 4 * H, 1, device=DEVICE), 0.5, torch.tensor([2], device=DEVICE)
-).view(4 * H, 1)
+decisions = torch.ones(1, 6 * H, 1, device=DEVICE)
+decisions = shared_dropout(decisions, 0.5, torch.tensor([3], device=DEVICE)).flatten()
+columns, rows = decisions[: 2 * H].view(2, H), decisions[2 * H :].view(4 * H, 1)
 
 gal = torch.stack([(U * columns[i]) @ h[i] for i in range(2)])
 torch.testing.assert_close(gal, (columns * h) @ U.T)
 torch.testing.assert_close(h @ (U * rows).T, (h @ U.T) * rows.T)
 
 figure, axes = plt.subplots(1, 4, figsize=(9, 4), layout="constrained")
-titles = [
-    "Gal, sequence 0",
-    "Gal, sequence 1",
-    "variational=True, 0",
-    "variational=True, 1",
-]
+titles = ["Gal, sequence 0", "Gal, sequence 1", "variational, 0", "variational, 1"]
 masks = [*columns[:, None].expand(-1, 4 * H, -1), *rows.expand(2, -1, H)]
 for axis, title, mask in zip(axes, titles, masks, strict=True):
     axis.imshow((U * mask).cpu(), cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
@@ -359,19 +331,20 @@ figure.suptitle("U, as each sequence sees it")
 plt.show()
 
 # %%
-# The two asserts say what each does. A dropped column takes one unit of h away from *all* gates of one sequence. A
-# dropped row takes *all* of h away from one gate of one unit, in all sequences: that gate then sees the input alone.
-# Nothing is wrong with that as noise, but it is not the mask that the theory is about, it is not the same as
-# Keras's ``recurrent_dropout``, and there is no setting of ``WeightDrop`` that is. Gal's mask differs between the
-# sequences of a batch, so no single weight matrix can hold it. It belongs in the time loop, and
+# The two asserts say what each does. A dropped column takes one unit of h away from *all* gates of
+# one sequence. A dropped row takes *all* of h away from one gate of one unit, in all sequences:
+# that gate then sees the input alone. Nothing is wrong with that as noise, but it is not the mask
+# that the theory is about, it is not the same as Keras's ``recurrent_dropout``, and there is no
+# setting of ``WeightDrop`` that is. Gal's mask differs between the sequences of a batch, so no
+# single weight matrix can hold it. It belongs in the time loop, and
 # :ref:`fused lstm` puts it there.
 #
 # The modules
 # -----------
 #
-# Three modules, with the names and the arguments of awd-lstm-lm. Each draws a seed in its forward pass
-# from PyTorch's own generator of the device: ``torch.manual_seed`` governs it, ``checkpoint`` replays it,
-# and the module has no state that a copy, a pickle or a checkpoint could lose.
+# Three modules, with the names and the arguments of awd-lstm-lm. Each draws a seed in its forward
+# pass from PyTorch's own generator of the device: ``torch.manual_seed`` governs it, ``checkpoint``
+# replays it, and the module has no state that a copy, a pickle or a checkpoint could lose.
 
 
 def check_p(p):
@@ -424,11 +397,12 @@ class LockedDropout(torch.nn.Module):
 
 
 # %%
-# ``WeightDrop`` wraps any module. The old one renamed the weights and set masked ones in their place in each
-# call. That broke copying, pickling, and switching between training and evaluation, and it took the
-# weights out of the one block of memory in which cuDNN wants them, hence the famous warning. Here nothing is
-# renamed and nothing is set: ``functional_call`` runs the module as if it had other weights.
-# For an LSTM, a GRU or an RNN the masked weights are laid side by side, as cuDNN wants them, matrices first.
+# ``WeightDrop`` wraps any module. The old one renamed the weights and set masked ones in their
+# place in each call. That broke copying, pickling, and switching between training and evaluation,
+# and it took the weights out of the one block of memory in which cuDNN wants them, hence the
+# famous warning. Here nothing is renamed and nothing is set: ``functional_call`` runs the module
+# as if it had other weights. For an LSTM, a GRU or an RNN the masked weights are laid side by
+# side, as cuDNN wants them, matrices first.
 
 
 class WeightDrop(torch.nn.Module):
@@ -499,8 +473,8 @@ def side_by_side(parameters):
 
 
 # %%
-# ``EmbeddingDropout`` drops words, not numbers: a decision holds for all features of a word, wherever in the
-# batch it occurs.
+# ``EmbeddingDropout`` drops words, not numbers: a decision holds for all features of a word,
+# wherever in the batch it occurs.
 
 
 class EmbeddingDropout(torch.nn.Module):
@@ -546,8 +520,9 @@ class EmbeddingDropout(torch.nn.Module):
 
 
 # %%
-# (``functional_call`` comes from ``torch.func``. It passes on what the embedding was made with, so an absent ``padding_idx`` is
-# not mistaken for -1, the last word, as happens to code from before -1 had that meaning.)
+# (``functional_call`` comes from ``torch.func``. It passes on what the embedding was made with, so
+# an absent ``padding_idx`` is not mistaken for -1, the last word, as happens to code from before
+# -1 had that meaning.)
 #
 # Against the originals
 # ---------------------
@@ -600,10 +575,10 @@ print(f"EmbeddingDropout: words {mask[:, 0].argwhere()[:, 0].tolist()} are kept"
 # What does it cost?
 # ------------------
 #
-# ``WeightDrop`` leaves cuDNN's LSTM whole, and what it adds, once a call, is a pass over U and one over all weights
-# to lay them side by side, forward and backward. Against 70 steps of matrix products that should be little. Here
-# is the LSTM of the AWD-LSTM paper, 70 steps, batch 80, 400 inputs, 1150 units, forward and backward.
-# The first number of each line is the plain LSTM's.
+# ``WeightDrop`` leaves cuDNN's LSTM whole, and what it adds, once a call, is a pass over U and one
+# over all weights to lay them side by side, forward and backward. Against 70 steps of matrix
+# products that should be little. Here is the LSTM of the AWD-LSTM paper, 70 steps, batch 80, 400
+# inputs, 1150 units, forward and backward. The first number of each line is the plain LSTM's.
 
 import warnings
 
@@ -642,9 +617,9 @@ elif __name__ == "__main__":
 # A language model
 # ----------------
 #
-# AWD-LSTM (Merity et al., 2017) uses all three at once. In order: embedding dropout, locked dropout, LSTM layers
-# with dropped weights and locked dropout between them, locked dropout, and an output layer that shares
-# the embedding's weights. Here it is, small, with a switch for each part.
+# AWD-LSTM (Merity et al., 2017) uses all three at once. In order: embedding dropout, locked
+# dropout, LSTM layers with dropped weights and locked dropout between them, locked dropout, and an
+# output layer that shares the embedding's weights. Here it is, small, with a switch for each part.
 
 from itertools import pairwise
 
@@ -678,9 +653,9 @@ class LanguageModel(torch.nn.Module):
 
 
 # %%
-# The text is the help of Python's own interpreter, which comes with every Python: what ``help("FORMATTING")``
-# prints. Paragraphs that occur twice are taken once. The last tenth of each topic is held out. Words that
-# the training part has only once become ``<unk>``.
+# The text is the help of Python's own interpreter, which comes with every Python: what
+# ``help("FORMATTING")`` prints. Paragraphs that occur twice are taken once. The last tenth of each
+# topic is held out. Words that the training part has only once become ``<unk>``.
 
 import re
 from collections import Counter
@@ -710,12 +685,14 @@ def read_corpus():
 training, held_out, n_words = read_corpus()
 share = (training == 0).float().mean()
 print(
-    f"{len(training)} words to train on, {len(held_out)} held out, {n_words} different ones, {share:.1%} <unk>"
+    f"{len(training)} words to train on, {len(held_out)} held out, {n_words} different ones; "
+    f"{share:.1%} are <unk>"
 )
 
 # %%
-# The loop is the usual one: 40 streams of text, cut into pieces of 35 words, the state carried over from piece
-# to piece, Adam, gradients clipped. On a CPU the sizes shrink so that it takes seconds, and the numbers mean nothing.
+# The loop is the usual one: 40 streams of text, cut into pieces of 35 words, the state carried
+# over from piece to piece, Adam, gradients clipped. On a CPU the sizes shrink so that it takes
+# seconds, and the numbers mean nothing.
 
 VARIANTS = {
     "no dropout": {},
@@ -725,8 +702,8 @@ VARIANTS = {
     "all together": {"locked": 0.4, "weight": 0.5, "word": 0.1},
 }
 if INTERPRET:
-    STREAMS, PIECE, WIDTH, HIDDEN, EPOCHS, SEEDS = 2, 4, 8, 8, 2, 2
-    training, held_out = training[:18], held_out[:18]
+    STREAMS, PIECE, WIDTH, HIDDEN, EPOCHS, SEEDS = 2, 4, 4, 4, 2, 2
+    training, held_out = training[:10], held_out[:10]
 else:
     STREAMS, PIECE, WIDTH, HIDDEN, EPOCHS, SEEDS = 20, 35, 200, 300, 16, 3
 
@@ -795,21 +772,24 @@ if __name__ == "__main__":
     print(tabulate(rows, headers, floatfmt=".1f"))
 
 # %%
-# What may you conclude? The spread is over seeds, on one small text, with rates that were not tuned for each line. The
-# text has far fewer words than the benchmarks of the papers, Penn Treebank with about a million and WikiText-2 with
-# two, so a network of this size can learn it by heart, and what prevents that looks good. It can show that
-# dropout matters, and that where the mask acts matters. It cannot rank methods that lie within each other's
-# spread, and its perplexities cannot be set beside the published 57.3 (Penn Treebank) and 65.8 (WikiText-2) of AWD-LSTM:
-# another text, another vocabulary, a larger model, weeks of tuning, and averaged SGD.
+# What may you conclude? The spread is over seeds, on one small text, with rates that were not
+# tuned for each line. The text has far fewer words than the benchmarks of the papers, Penn
+# Treebank with about a million and WikiText-2 with two, so a network of this size can learn it by
+# heart, and what prevents that looks good. It can show that dropout matters, and that where the
+# mask acts matters. It cannot rank methods that lie within each other's spread, and its
+# perplexities cannot be set beside the published 57.3 (Penn Treebank) and 65.8 (WikiText-2) of
+# AWD-LSTM: another text, another vocabulary, a larger model, weeks of tuning, and averaged SGD.
 #
 # Exercises
 # ---------
 #
-# 1. Embedding dropout passes over the whole table though a batch uses few of its words. Write a kernel that looks up and
-#    drops at once. Which number is the decision's index?
-# 2. Make ``LockedDropout`` share its mask among the sequences, too. Which view of the tensor does it?
+# 1. Embedding dropout passes over the whole table though a batch uses few of its words. Write a
+#    kernel that looks up and drops at once. Which number is the decision's index?
+# 2. Make ``LockedDropout`` share its mask among the sequences, too. Which view of the tensor does
+#    it?
 # 3. Add zoneout to the plain loop of :ref:`fused lstm`. Why is there nothing to scale?
-# 4. Train with ``variational=True`` in place of the plain ``WeightDrop``, over three seeds. Can you tell them apart?
+# 4. Train with ``variational=True`` in place of the plain ``WeightDrop``, over three seeds. Can
+#    you tell them apart?
 #
 # References
 # ----------
