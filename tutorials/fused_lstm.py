@@ -26,6 +26,7 @@ You need to know PyTorch and, roughly, what an LSTM computes. You need no CUDA.
 # :ref:`fused softmax` explains them.
 
 # sphinx_gallery_thumbnail_path = '_static/fused_lstm.svg'
+import gc
 import numbers
 import os
 import sys
@@ -873,11 +874,13 @@ if __name__ == "__main__" and not INTERPRET:
         for p in (0.0, 0.3):
             module = make(p).to(DEVICE)
             x = torch.randn(70, 80, 400, device=DEVICE, requires_grad=True)
+            module(x)
+            gc.collect()
             before = torch.cuda.memory_allocated()
             y = module(x)
             held.append((torch.cuda.memory_allocated() - before) / 2**20)
             del y
-        print(f"{name}, MiB: {held[0]:.0f} at a rate of 0, {held[1]:.0f} at 0.3")
+        print(f"{name}, MiB: {held[0]:.1f} at a rate of 0, {held[1]:.1f} at 0.3")
 
 # %%
 # The masked inputs of the first product are kept, G times the input, with or without dropout;
