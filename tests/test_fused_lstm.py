@@ -306,6 +306,17 @@ def test_gate_dropout_draws_the_words_it_says():
         assert torch.equal(y[:, 0], y[:, 1])
 
 
+# Philox4x32-10 of counter 0 under key 0, as its authors published it
+KNOWN_WORDS = 0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8
+
+
+@pytest.mark.parametrize(("k", "word"), enumerate(KNOWN_WORDS))
+def test_known_words_decide(k, word):
+    x, seed = torch.ones(4, 1, 1, 1, device=DEVICE), torch.tensor([0], device=DEVICE)
+    assert gate_dropout(x, word / 2**32, seed)[k] != 0
+    assert gate_dropout(x, (word + 1) / 2**32, seed)[k] == 0
+
+
 def test_draws_anew_and_not_in_evaluation(randn):
     lstm, x = make(), randn(3, 2, F).double()
     assert not torch.equal(lstm(x)[0], lstm(x)[0])

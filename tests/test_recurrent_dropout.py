@@ -76,6 +76,17 @@ def test_any_seed(seed):
     assert torch.equal(shared_dropout(x, 0.5, seed_of(seed)), expected)
 
 
+# Philox4x32-10 of counter 0 under key 0, as its authors published it
+KNOWN_WORDS = 0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8
+
+
+@pytest.mark.parametrize(("i", "word"), enumerate(KNOWN_WORDS))
+def test_known_words_decide(i, word):
+    x = torch.ones(1, 4, 1, device=DEVICE)
+    assert shared_dropout(x, word / 2**32, seed_of(0))[0, i] != 0
+    assert shared_dropout(x, (word + 1) / 2**32, seed_of(0))[0, i] == 0
+
+
 def test_p_of_0_and_1(randn):
     x = randn(2, 9, 2)
     x[0, 0, 0] = math.nan

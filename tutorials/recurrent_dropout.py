@@ -78,26 +78,26 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-FORMS = {  # what it multiplies, the mask's shape, when a new one is drawn, scaling, source
-    "naive": ("x or h", "T B H", "step", "1/(1-p)", "Zaremba 2014"),
-    "Gal, tied": ("x and h", "1 B H", "sequence", "1-p, test", "Gal 2016"),
-    "Gal, untied": ("x and h", "1 B G H", "sequence", "1-p, test", "Gal 2016"),
-    "Keras implementation 1": ("x and h", "1 B G H", "call", "1/(1-p)", "Keras 2, 3"),
-    "Keras implementation 2": ("x and h", "1 B H", "call", "1/(1-p)", "Keras 2"),
-    "LockedDropout": ("x or h", "1 B H", "call", "1/(1-p)", "Merity 2017"),
-    "WeightDrop": ("U", "G H H", "call", "1/(1-p)", "Merity 2017"),
-    "WeightDrop variational": ("U", "G H 1", "call", "1/(1-p)", "awd-lstm-lm"),
-    "embedding dropout": ("embedding", "V 1", "call", "1/(1-p)", "Gal 2016"),
-    "Semeniuta": ("g", "T B H", "step", "1-p, test", "Semeniuta 2016"),
-    "zoneout": ("new c, h", "T B H", "step", "1-p, test", "Krueger 2017"),
+FORMS = {  # what it acts on, the mask's shape, when it is drawn, when it is scaled, source
+    "naive": ("x or h", "T B H", "step", "1/(1-p)", "Zaremba"),
+    "Gal, tied": ("x and h", "1 B H", "sequence", "at test", "Gal"),
+    "Gal, untied": ("x and h", "1 B G H", "sequence", "at test", "Gal"),
+    "Keras impl. 1": ("x and h", "1 B G H", "call", "1/(1-p)", "Keras 2, 3"),
+    "Keras impl. 0, 2": ("x and h", "1 B H", "call", "1/(1-p)", "Keras 2"),
+    "LockedDropout": ("x or h", "1 B H", "call", "1/(1-p)", "Merity"),
+    "WeightDrop": ("U", "G H H", "call", "1/(1-p)", "Merity"),
+    "variational=True": ("U", "G H 1", "call", "1/(1-p)", "awd-lstm-lm"),
+    "embedding dropout": ("words", "V 1", "call", "1/(1-p)", "Gal"),
+    "Semeniuta": ("g", "T B H", "step", "at test", "Semeniuta"),
+    "zoneout": ("new c, h", "T B H", "step", "at test", "Krueger"),
 }
 
 rows = []
 for name, (target, shape, *rest) in FORMS.items():
     gates = "own" if "G" in shape else "shared"
-    gates = {"g": "g alone", "new c, h": "after them"}.get(target, gates)
+    gates = {"g": "g alone", "new c, h": "after"}.get(target, gates)
     rows.append([name, target, shape, gates, *rest])
-headers = ["form", "multiplies", "mask", "gates", "new each", "scale", "source"]
+headers = ["form", "acts on", "mask", "gates", "new each", "scale", "source"]
 print(tabulate(rows, headers))
 
 # %%
@@ -106,9 +106,8 @@ print(tabulate(rows, headers))
 # - The two of **Gal and Ghahramani** are the ones with an argument behind them: dropout as
 #   approximate Bayesian inference over the weights, and a sequence sees one draw of the weights.
 #   Where the weights of the gates are drawn apart, *untied*, each gate has its own mask.
-# - **Keras** has both under the name ``implementation``; 0 is like 2. Today's Keras switches to 1
-#   as soon as ``recurrent_dropout`` is above 0, whatever you ask for, so that 2 concerns the input
-#   alone.
+# - **Keras** has both under the name ``implementation``. Today's Keras switches to 1 as soon as
+#   ``recurrent_dropout`` is above 0, whatever you ask for, so that 0 and 2 concern the input alone.
 # - **LockedDropout** acts on what goes into and comes out of a layer, so an optimized LSTM such as
 #   cuDNN's can stay whole. Nothing within the recurrence is dropped.
 # - **WeightDrop** reaches into the recurrence without touching the loop: the weights are masked
@@ -116,9 +115,9 @@ print(tabulate(rows, headers))
 # - **Semeniuta** drops only what is added to the memory, and **zoneout** replaces a new value by
 #   the old one instead of by zero, so neither erases the memory at a rate of p at each step, as a
 #   naive mask on the state would.
-# - "1-p, test" says that training multiplies by 0 or 1, and testing by the mean, 1 - p. (Zoneout
-#   mixes old and new in that proportion.) Dividing by 1 - p in training instead leaves testing
-#   alone, and is what code does today.
+# - "At test" says that training multiplies by 0 or 1, and testing by the mean, 1 - p. (Zoneout mixes
+#   old and new in that proportion.) Dividing by 1 - p in training instead leaves testing alone, and
+#   is what code does today.
 #
 # One kernel for all shapes
 # -------------------------
