@@ -43,6 +43,8 @@ sphinx_gallery_conf = {
             "checkpointed_dropout.py",
             "matrix_dropout.py",
             "sparse_johnson_lindenstrauss.py",
+            "recurrent_dropout.py",
+            "fused_lstm.py",
             "*",
         ]
     ),

@@ -125,6 +125,8 @@ def test_every_lesson_is_listed_in_reading_order():
         "checkpointed_dropout",
         "matrix_dropout",
         "sparse_johnson_lindenstrauss",
+        "recurrent_dropout",
+        "fused_lstm",
     ]
     assert list(dict.fromkeys(lessons)) == names
 
