@@ -62,16 +62,15 @@ print(MACHINE)
 # The dimension that you start from does not appear: a million features or a billion, k is the same.
 #
 # The map is a multiplication by a matrix R of random entries, one row for each feature and one column
-# for each of the k *components*. Most of the entries may be zero. With
+# for each of the k *components*. Most of the entries may be zero: let each be +a with probability d/2, -a with
+# probability d/2, and else 0, where d is the *density* of the matrix and
 #
-# .. math::
-#    R_{ji} = \sqrt{\frac{1}{d\,k}} \cdot
-#    \begin{cases} +1 & \text{with probability } d/2 \\ 0 & \text{with probability } 1 - d \\ -1 & \text{with probability } d/2 \end{cases}
+# .. math:: a = \sqrt{\frac{1}{d\,k}}
 #
-# the squared length of :math:`y = xR` is that of x on average, whatever the *density* d. Its variance is known
+# Then the squared length of :math:`y = xR` is that of x on average, whatever the density. Its variance is known
 # exactly. With :math:`s = 1 / d`,
 #
-# .. math:: \mathrm{Var} \frac{|y|^2}{|x|^2} = \frac{1}{k} \left( 2 + (s - 3) \sum_j \frac{x_j^4}{|x|^4} \right)
+# .. math:: \mathrm{Var} \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{s - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
 #
 # For d = 1/3 the second term vanishes, and sparse is as good as dense: that is Achlioptas's choice. A
 # smaller d costs accuracy where a few features carry most of a vector's length, and next to
@@ -83,9 +82,9 @@ print(MACHINE)
 #
 # Entry (j, i) must be a function of the seed, the feature j and the component i, and of
 # nothing else. Philox is one: the seed is the key, and a counter has four words, room for j and i side by side.
-# But a matrix of a million by four thousand has 4.3 billion entries. One call for each, or one word
-# for each as in dropout, would take longer than reading the stored matrix. So an entry gets sixteen bits, and
-# eight entries share a call.
+# But a matrix of a million by four thousand has 4.3 billion entries. Multiply that by what a word costs,
+# which :ref:`seeded dropout` measures, and you are beyond the time in which the stored matrix is read. So an entry gets sixteen bits,
+# and eight entries share a call.
 #
 # .. image:: /_static/computed_matrix.svg
 #    :alt: Seed, feature and component enter Philox; of the 128 bits that come out, sixteen make one entry. The top bit is the sign, the other fifteen are compared with the density. A tile of entries is multiplied with a tile of x, and no matrix is in memory.
