@@ -124,10 +124,18 @@ def record(lessons, results, machine, limit, runs):
     folder = results / re.sub(r"[^a-z0-9]+", "-", machine["gpu"].lower())
     folder.mkdir(parents=True, exist_ok=True)
     facts = folder / "machine.json"
-    old = (
+    before = (
         json.loads(facts.read_text()) if facts.exists() else machine | {"benchmarks": {}}
     )
-    new, failed = {}, []
+    kept = before["benchmarks"]
+    if not machine.items() <= before.items():
+        if {name.partition(".")[0] for name in kept} - set(lessons):
+            sys.exit(
+                "The driver or a version is another than on record. Record all lessons, or "
+                f"first remove {folder}."
+            )
+        kept = {}
+    failed = []
     for number, lesson in enumerate(lessons, 1):
         print(f"[{number}/{len(lessons)}] {lesson}", flush=True)
         try:
@@ -136,6 +144,7 @@ def record(lessons, results, machine, limit, runs):
             traceback.print_exc()
             failed.append(lesson)
             continue
+        new = {}
         for function, benchmark in found:
             name = f"{lesson}.{benchmark.plot_name}"
             path = folder / f"{name}.csv"
@@ -148,38 +157,34 @@ def record(lessons, results, machine, limit, runs):
                 continue
             new[name] = describe(benchmark)
             print(f"  {name}, {time.monotonic() - start:.0f} s", flush=True)
-            table.to_csv(
-                next_path := path.with_suffix(".next"), index=False, float_format="%.6g"
-            )
-            if path.exists() and name in old["benchmarks"]:
-                before = path, old["benchmarks"][name]
-                print(*changes(before, (next_path, new[name])), sep="\n", flush=True)
+            next_path = path.with_suffix(".next")
+            table.to_csv(next_path, index=False, float_format="%.6g")
+            if path.exists() and name in before["benchmarks"]:
+                old = path, before["benchmarks"][name]
+                print(*changes(old, (next_path, new[name])), sep="\n", flush=True)
             next_path.rename(path)
+        others = (n for n in kept if n.partition(".")[0] != lesson or n in failed)
+        kept = {name: kept[name] for name in others} | new
+        written = machine | {
+            "copy_limit": f"{limit:.0f} GB/s",
+            "runs": runs,
+            "commit": figures.COMMIT,
+            "date": str(date.today()),
+            "benchmarks": dict(sorted(kept.items())),
+        }
+        facts.write_text(json.dumps(written, indent=2) + "\n")
         gc.collect()
         torch.cuda.empty_cache()
-    if (
-        machine.items() <= old.items()
-    ):  # keep what was left out, and what failed this time
-        for name, description in old["benchmarks"].items():
-            lesson = name.partition(".")[0]
-            if lesson not in lessons or {lesson, name} & set(failed):
-                new[name] = description
-    written = machine | {
-        "copy_limit": f"{limit:.0f} GB/s",
-        "runs": runs,
-        "commit": figures.COMMIT,
-        "date": str(date.today()),
-        "benchmarks": dict(sorted(new.items())),
-    }
-    facts.write_text(json.dumps(written, indent=2) + "\n")
     for path in folder.glob("*.csv"):
-        if path.stem not in new:
+        if path.stem not in kept:
             path.unlink()
     return failed
 
 
 def draw_picture(results, path):
-    facts = min(results.glob("*/machine.json"))
+    facts = min(results.glob("*/machine.json"), default=None)
+    if facts is None:  # all failed
+        return
     machine = json.loads(facts.read_text())
     if benchmark := machine["benchmarks"].get(PICTURE):
         table = figures.read(facts.parent / f"{PICTURE}.csv", benchmark)
