@@ -113,6 +113,10 @@ def changes(before, after):
         )
 
 
+def lesson_of(name):
+    return name.partition(".")[0]
+
+
 def load(name):
     """Import a lesson, without what it prints."""
     with contextlib.redirect_stdout(io.StringIO()):
@@ -129,7 +133,7 @@ def record(lessons, results, machine, limit, runs):
     )
     kept = before["benchmarks"]
     if not machine.items() <= before.items():
-        if {name.partition(".")[0] for name in kept} - set(lessons):
+        if {lesson_of(name) for name in kept} - set(lessons):
             sys.exit(
                 "The driver or a version is another than on record. Record all lessons, or "
                 f"first remove {folder}."
@@ -163,14 +167,14 @@ def record(lessons, results, machine, limit, runs):
                 old = path, before["benchmarks"][name]
                 print(*changes(old, (next_path, new[name])), sep="\n", flush=True)
             next_path.rename(path)
-        others = (n for n in kept if n.partition(".")[0] != lesson or n in failed)
+        others = (n for n in kept if lesson_of(n) != lesson or n in failed)
         kept = {name: kept[name] for name in others} | new
         written = machine | {
             "copy_limit": f"{limit:.0f} GB/s",
             "runs": runs,
             "commit": figures.COMMIT,
             "date": str(date.today()),
-            "benchmarks": dict(sorted(kept.items())),
+            "benchmarks": {name: kept[name] for name in sorted(kept, key=lesson_of)},
         }
         facts.write_text(json.dumps(written, indent=2) + "\n")
         gc.collect()
