@@ -184,7 +184,7 @@ def test_no_speed_or_memory_is_typed_into_prose():
                 element.decompose()
             for block in article.select("p, li, dd, h1, h2, h3"):
                 text = " ".join(block.text.split())
-                if measured(text) and not text.startswith("Estimated memory usage"):
+                if measured(text) and not text.startswith("Peak memory on the GPU:"):
                     typed.append(f"{path.relative_to(SITE)}: {text}")
     assert not typed
 

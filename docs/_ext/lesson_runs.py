@@ -187,6 +187,10 @@ class LessonCosts(SphinxDirective):
         return self.parse_text_to_nodes(table)
 
 
+def name_the_memory(app, docname, source):
+    source[0] = source[0].replace("**Estimated memory usage:**", "**Peak memory on the GPU:**")
+
+
 def say_what_ran_it(app, doctree):
     docname = app.env.docname
     if docname != app.config.root_doc and Path(docname).parent.name != gallery(app).name:
@@ -216,5 +220,6 @@ def setup(app):
     # Sphinx-Gallery runs the lessons with priority 500.
     app.connect("builder-inited", before_the_lessons, priority=100)
     app.connect("builder-inited", after_the_lessons, priority=900)
+    app.connect("source-read", name_the_memory)
     app.connect("doctree-read", say_what_ran_it)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
