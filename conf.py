@@ -55,7 +55,7 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "show_signature": False,
     "image_srcset": ["2x"],
-    "image_scrapers": ("figures.scrape",),
+    "image_scrapers": ("figures.sign_lesson", "matplotlib"),
     "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
     "first_notebook_cell": "%pip install --quiet "

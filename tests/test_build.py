@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -50,26 +51,20 @@ class Project:
         path = self.folder / f"tutorials/{title}.py"
         path.write_text(LESSON.format(title=title, output=output) + then)
 
-    def start(self, options):
+    def start(self, **settings):
         self.runs.write_text("")
         return subprocess.Popen(
-            [
-                "make",
-                "html",
-                "VENV=",
-                f"PYTHON={sys.executable}",
-                f"SPHINXOPTS={options}",
-            ],
+            ["make", "html", "VENV=", f"PYTHON={sys.executable}"],
             cwd=self.folder,
-            env={**os.environ, "RUNS": str(self.runs), "COMMIT": "c0ffee"},
+            env={**os.environ, "RUNS": str(self.runs), **settings},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
 
-    def build(self, options="-W"):
-        process = self.start(options)
+    def build(self, **settings):
+        process = self.start(**settings)
         output, _ = process.communicate()
         return process.returncode, output
 
@@ -137,7 +132,7 @@ def test_an_interrupted_build_is_repaired_by_the_next(project):
     assert project.ran() == ["first", "second"]
     project.write("first", "changed")
     project.write("second", "changed", then="import time\ntime.sleep(600)\n")
-    process = project.start("-W")
+    process = project.start()
     deadline = time.monotonic() + 60
     while "second" not in project.runs.read_text() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -150,17 +145,39 @@ def test_an_interrupted_build_is_repaired_by_the_next(project):
     assert "changed" in project.page("first") and "changed" not in project.page("second")
 
 
-def test_a_lesson_says_what_made_it(project):
-    assert project.ran() == ["first", "second"]
+FIGURE = """
+import matplotlib.pyplot as plt
+MACHINE = "no GPU, 2026-01-02"
+print(type(plt.subplots()[1].set_xlabel(f"elements\\n{MACHINE}")).__name__)
+"""
+
+
+def test_pages_and_figures_say_what_made_them(project, monkeypatch):
+    project.write("first", "one", then=FIGURE)
+    # Sphinx-Gallery saves PNG; of an SVG the words can be read.
+    with (project.folder / "conf.py").open("a") as conf:
+        conf.write(
+            'sphinx_gallery_conf["image_scrapers"] = ("figures.sign_lesson", "svg")\n'
+        )
+    (project.folder / "docs/_ext/svg.py").write_text(
+        "from sphinx_gallery.scrapers import matplotlib_scraper\n"
+        "def _get_sg_image_scraper():\n"
+        "    return lambda *parts: matplotlib_scraper(*parts, format='svg')\n"
+    )
+    status, output = project.build(COMMIT="c0ffee")
+    assert status == 0, output
     assert "by the script as it stands, on 20" in project.page("first")
     assert f"Python {platform.python_version()}, at commit c0ffee." in project.page(
         "first"
     )
+    (picture,) = (project.site / "_images").glob("sphx_glr_first_001.svg")
+    words = re.findall(r"<text[^>]*>([^<]*)<", picture.read_text())
+    assert "elements" in words and "no GPU, 2026-01-02, commit c0ffee" in words
 
 
 def test_a_lesson_that_takes_too_long_fails_and_the_others_are_run(project):
     project.write("first", "one", then="import time\ntime.sleep(600)\n")
-    status, output = project.build("-D lesson_limit=2")
+    status, output = project.build(SPHINXOPTS="-D lesson_limit=2")
     assert status != 0 and not project.site.exists()
     assert (
         "Lessons that failed: first.py (TimeoutError: it took longer than lesson_limit, "
@@ -172,7 +189,7 @@ def test_a_lesson_that_takes_too_long_fails_and_the_others_are_run(project):
 def test_a_lesson_that_cannot_be_interrupted_ends_the_build_with_its_name(project):
     hang = "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
     project.write("second", "two", then=hang + "time.sleep(600)\n")
-    status, output = project.build("-D lesson_limit=2")
+    status, output = project.build(SPHINXOPTS="-D lesson_limit=2")
     assert status != 0 and not project.site.exists()
     assert 'second.py", line 15 in <module>' in output
     project.write("second", "two")
@@ -180,14 +197,14 @@ def test_a_lesson_that_cannot_be_interrupted_ends_the_build_with_its_name(projec
 
 
 def test_outputs_of_another_version_of_a_script_are_refused(project):
-    without_running = "-W -D plot_gallery=0"
-    assert project.build(without_running)[0] != 0
+    without_running = {"SPHINXOPTS": "-D plot_gallery=0"}
+    assert project.build(**without_running)[0] != 0
     assert project.ran() == ["first", "second"]
-    assert project.build(without_running)[0] == 0
+    assert project.build(**without_running)[0] == 0
     assert project.runs.read_text() == ""
 
     project.write("second", "three")
-    status, output = project.build(without_running)
+    status, output = project.build(**without_running)
     assert status != 0 and "two" in project.page("second")
     assert "Outputs are not of the script as it stands: second.py" in output
     project.write("second", "two")

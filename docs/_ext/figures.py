@@ -24,10 +24,9 @@ def sign(figure, text):
     figure.text(0.9, -0.04, text, fontsize="x-small", color="#555555", ha="right")
 
 
-def scrape(block, block_vars, gallery_conf):
-    """Sphinx-Gallery's scraper, for figures that are signed with the lesson's ``MACHINE``."""
+def sign_lesson(block, block_vars, gallery_conf):
+    """A scraper for Sphinx-Gallery that takes nothing, and signs with the lesson's ``MACHINE``."""
     import matplotlib.pyplot as plt
-    from sphinx_gallery.scrapers import matplotlib_scraper
 
     machine = block_vars["example_globals"].get("MACHINE")
     for number in plt.get_fignums() if machine else ():
@@ -35,7 +34,7 @@ def scrape(block, block_vars, gallery_conf):
         for axis in figure.axes:  # perf_report has no other place for it
             axis.set_xlabel(axis.get_xlabel().removesuffix(f"\n{machine}"))
         sign(figure, f"{machine}, commit {COMMIT}")
-    return matplotlib_scraper(block, block_vars, gallery_conf)
+    return ""
 
 
 def read(path, benchmark, quantity=""):

@@ -188,7 +188,9 @@ class LessonCosts(SphinxDirective):
 
 
 def name_the_memory(app, docname, source):
-    source[0] = source[0].replace("**Estimated memory usage:**", "**Peak memory on the GPU:**")
+    source[0] = source[0].replace(
+        "**Estimated memory usage:**", "**Peak memory on the GPU:**"
+    )
 
 
 def say_what_ran_it(app, doctree):
