@@ -57,7 +57,7 @@ def draw_figures(app):
 
 
 def tabs(env, content):
-    """A tab for each GPU on record that ``content(machine)`` is not empty for, as nodes' text."""
+    """A tab for each GPU on record that ``content(machine)`` is not empty for, as reStructuredText."""
     text = ""
     for machine in machines(env):
         if rst := content(machine):
@@ -158,12 +158,13 @@ def standing(machine, name):
         return None
     row = [name, ours[0]]
     for others, form in ((limit, "{:.0%}"), (peers, "{:.2f}")):
-        if others.empty:
-            row += ["", ""]
-            continue
         share = speed[ours[0]] / others.max(axis=1)
-        x = share.idxmin()
-        row += [form.format(share[x]), f"{others.loc[x].idxmax()}, at {x}"]
+        share = share[share < float("inf")]  # which a kernel that needs no memory reaches
+        if share.empty:
+            row += ["", ""]
+        else:
+            x = share.idxmin()
+            row += [form.format(share[x]), f"{others.loc[x].idxmax()}, at {x}"]
     return row
 
 
