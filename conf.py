@@ -26,6 +26,7 @@ extensions = [
     "fold",
     "lesson_runs",
     "mathml",
+    "recorded",
     "triton_functions",
 ]
 exclude_patterns = ["_ext"]
@@ -54,11 +55,15 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "show_signature": False,
     "image_srcset": ["2x"],
+    "image_scrapers": ("figures.sign_lesson", "matplotlib"),
     "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
     "first_notebook_cell": "%pip install --quiet "
     + " ".join((ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]),
 }
+
+# A lesson that takes longer than so many seconds fails the build.
+lesson_limit = 300
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 autodoc_typehints = "none"
@@ -71,7 +76,7 @@ html_css_files = ["site.css"]
 html_favicon = "docs/_static/favicon.svg"
 html_show_sourcelink = False
 # Only the lessons have a list beside them.
-html_sidebars = {"index": [], "install": [], "reference/*": []}
+html_sidebars = {"index": [], "benchmarks": [], "install": [], "reference/*": []}
 html_math_renderer = "mathml"
 html_theme_options = {
     "logo": {
