@@ -577,8 +577,8 @@ print(f"EmbeddingDropout: words {mask[:, 0].argwhere()[:, 0].tolist()} are kept"
 #
 # ``WeightDrop`` leaves cuDNN's LSTM whole, and what it adds, once a call, is a pass over U and one
 # over all weights to lay them side by side, forward and backward. Against 70 steps of matrix
-# products that should be little. Here is the LSTM of the AWD-LSTM paper, 70 steps, batch 80, 400
-# inputs, 1150 units, forward and backward. The first number of each line is the plain LSTM's.
+# products that should be little. Here are LSTMs of the AWD-LSTM paper's kind, 70 steps, batch 80, 400
+# inputs, up to its 1150 units and beyond, forward and backward.
 
 import warnings
 
@@ -595,25 +595,46 @@ def training_time(module, x):
     return triton.testing.do_bench(step, return_mode="median")
 
 
+@triton.testing.perf_report(
+    [
+        triton.testing.Benchmark(
+            x_names=["n_units"],
+            x_vals=[256, 512, 768, 1150, 1536],
+            line_arg="form",
+            line_vals=["rows", "elements", "plain"],
+            line_names=["WeightDrop, variational=True", "WeightDrop", "no dropout"],
+            styles=[("#d55e00", ":"), ("#d55e00", "-"), ("#0072b2", "-")],
+            xlabel=f"units, {dtype}\n{MACHINE}",
+            ylabel="ms",
+            plot_name=f"weight-drop-{dtype}",
+            args={"dtype": getattr(torch, dtype)},
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+)
+def benchmark(form, n_units, dtype):
+    x = torch.randn(70, 80, 400, device=DEVICE, dtype=dtype, requires_grad=True)
+    module = torch.nn.LSTM(400, n_units, device=DEVICE, dtype=dtype)
+    if form != "plain":
+        module = WeightDrop(module, ["weight_hh_l0"], 0.5, form == "rows")
+    with warnings.catch_warnings():
+        # In bfloat16, PyTorch's own LSTM complains that its weights need to be compacted.
+        warnings.simplefilter("ignore" if form == "plain" else "error")
+        return training_time(module, x)
+
+
 if INTERPRET:
-    print("No timing: speed is measured on a GPU only, and this run had none.")
+    print("No figures: speed is measured on a GPU only, and this run had none.")
 elif __name__ == "__main__":
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(70, 80, 400, device=DEVICE, dtype=dtype, requires_grad=True)
-        lstm = torch.nn.LSTM(400, 1150, device=DEVICE, dtype=dtype)
-        with warnings.catch_warnings():
-            # PyTorch's own LSTM in bfloat16 complains that its weights need to be compacted.
-            warnings.simplefilter("ignore")
-            plain = training_time(lstm, x)
-        with warnings.catch_warnings(record=True) as caught:
-            dropped = [
-                training_time(WeightDrop(lstm, ["weight_hh_l0"], 0.5, rows), x)
-                for rows in (False, True)
-            ]
+    for dtype, times in zip(
+        ("float32", "bfloat16"),
+        benchmark.run(show_plots=True, return_df=True),
+        strict=True,
+    ):
+        n_units, rows, elements, plain = times.iloc[3]
         print(
-            f"{dtype}, ms: {plain:.2f} plain, {dropped[0]:.2f} with WeightDrop "
-            f"({dropped[0] / plain:.3f}x), {dropped[1]:.2f} with variational=True "
-            f"({dropped[1] / plain:.3f}x), {len(caught)} warnings"
+            f"{n_units:.0f} units, {dtype}: {elements / plain:.3f} times as long as without "
+            f"dropout, {rows / plain:.3f} times with variational=True."
         )
 
 # %%
