@@ -2,7 +2,7 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-SPHINXOPTS ?=
+SPHINXOPTS ?= --fail-on-warning
 
 # VENV= (empty) stands for the environment that is active.
 ifeq ($(strip $(VENV)),)

@@ -166,6 +166,20 @@ def test_a_site_with_an_address_and_a_repository_says_so(project):
     assert "edit/main/docs/index.md" in (project.site / "index.html").read_text()
 
 
+def test_a_broken_link_fails_the_build(project):
+    (project.folder / "docs/index.md").write_text(
+        "# Home\n\n[](nowhere.md) [](other.md#no-anchor)\n\n"
+        "```{toctree}\ntutorials/index\nother\n```\n"
+    )
+    (project.folder / "docs/other.md").write_text("# Other\n")
+    project.write("first", "one", then="# %%\n# See :ref:`no label`.\n")
+    status, output = project.build()
+    assert status != 0
+    for target in ("nowhere.md", "no-anchor", "no label"):
+        assert target in output
+    assert not project.site.exists()
+
+
 PLOT = """
 import matplotlib.pyplot as plt
 plt.plot([1, 2, 4], [3.0, 4.0, 5.25], label="ours")

@@ -1,8 +1,10 @@
 """Let a lesson's page say where Colab finds its notebook, on the branch that holds the built site."""
 
+from pathlib import Path
+
 
 def notebook_on_colab(app, pagename, templatename, context, doctree):
-    _, notebook = app.env.dlfiles.get(f"{pagename}.ipynb", (None, None))
+    _, notebook = app.env.dlfiles.get(Path(f"{pagename}.ipynb"), (None, None))
     if notebook:
         repository = app.config.html_context["repository"].removeprefix(
             "https://github.com/"
