@@ -35,6 +35,7 @@ extensions = [
     "glossary_links",
     "lesson_runs",
     "mathml",
+    "related",
     "triton_functions",
 ]
 exclude_patterns = ["_ext", "_templates"]

@@ -232,3 +232,8 @@ def test_nothing_shows_of_a_repository_or_an_address_that_is_not_set():
         )
         assert "Colab" not in page.text
     assert not (SITE / "sitemap.xml").exists()
+
+
+def test_related_lessons_stand_at_the_end():
+    related = [link["href"] for link in lesson("matrix_dropout").select(".seealso a")]
+    assert related == ["fused_softmax.html", "seeded_dropout.html"]
