@@ -62,7 +62,7 @@ def visit(request, browser, url):
         page.on("console", lambda message: faults.append((message.type, message.text)))
         page.on("pageerror", lambda error: faults.append(("error", str(error))))
         page.on("request", lambda request: requests.append(request))
-        page.goto(request.param, wait_until="networkidle")
+        page.goto(request.param)
         yield SimpleNamespace(
             name=request.param, page=page, faults=faults, requests=requests
         )
