@@ -34,11 +34,14 @@ TINY = {
 def check(x, function=softmax):
     y = function(x)
     assert y.shape == x.shape and y.dtype == x.dtype and y.is_contiguous()
-    exact = torch.softmax(x.cpu().double(), dim=-1)
+    # torch.softmax adds a row up in one go, torch.sum in a tree, which loses less in wide rows.
+    distance = x.cpu().double() - x.cpu().double().amax(-1, keepdim=True)
+    exact = distance.exp() / distance.exp().sum(-1, keepdim=True)
     error = (y.cpu().double() - exact).abs()
     # Rounding x - max is magnified by exp: a relative error for every unit of distance.
-    distance = (x.cpu().double() - x.cpu().double().amax(-1, keepdim=True)).abs()
-    magnified = distance * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    magnified = (
+        distance.abs() * torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    )
     assert (error <= exact * (TOLERANCE[x.dtype] + magnified) + TINY[x.dtype]).all()
 
 
@@ -326,8 +329,8 @@ def test_in_a_cuda_graph(n_cols):
 
 @pytest.mark.gpu
 def test_memory_beside_the_output():
-    for n_cols in (1000, 2**16):
-        x = torch.randn(2**26 // n_cols, n_cols, device=DEVICE)
+    for n_cols in (1000, 2**15):  # whole MiB, in which the allocator hands out
+        x = torch.randn(2**16, n_cols, device=DEVICE)
         softmax(x)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -472,7 +472,7 @@ def test_the_corpus():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_language_model_learns(variant, monkeypatch):
     monkeypatch.setattr(recurrent_dropout, "EPOCHS", 2)
-    text = torch.arange(20) % 3
+    text = torch.arange(10 * recurrent_dropout.STREAMS) % 3
     monkeypatch.setattr(recurrent_dropout, "training", text)
     monkeypatch.setattr(recurrent_dropout, "held_out", text)
     monkeypatch.setattr(recurrent_dropout, "n_words", 3)

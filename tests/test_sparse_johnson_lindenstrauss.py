@@ -228,6 +228,21 @@ def test_seeds_and_numbers_of_numpy(randn, density):
     assert torch.equal(y, same)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("n_vectors", [16, 64, 256, 1000])
+def test_no_entry_is_overwritten_while_it_is_multiplied(randn, n_vectors, dtype):
+    """As in triton#9433, which shows in large products and not in each call."""
+    x, y = randn(n_vectors, 2**14, dtype=dtype), randn(n_vectors, 1024, dtype=dtype)
+    R = spelled_out(2**14, 1024, 3, 1 / 3)  # in float64, without tensor cores
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-2 * R.abs().max().item()}
+    for _ in range(5):
+        z = sparse_jl(x, 1024, 3, 1 / 3)
+        torch.testing.assert_close(z.double(), x.double() @ R, **tolerance)
+        z = sparse_jl_transpose(y, 2**14, 3, 1 / 3)
+        torch.testing.assert_close(z.double(), y.double() @ R.T, **tolerance)
+
+
 # How random are the entries? Each check fails for one sound generator in a million.
 
 
