@@ -3,6 +3,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 SPHINXOPTS ?= --fail-on-warning
+# Pages and records name it. An archive has no Git to ask: then set it.
+export COMMIT ?= $(shell git describe --always --dirty --exclude '*' 2> /dev/null)
 
 # VENV= (empty) stands for the environment that is active.
 ifeq ($(strip $(VENV)),)
@@ -12,7 +14,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: help html test lint serve clean
+.PHONY: help html test record lint serve clean
 
 help:
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
@@ -29,6 +31,9 @@ html: $(READY)  ## run the lessons that changed and build the site into _build/h
 
 test: html  ## build the site, then run all tests
 	$(RUN) -m pytest -n auto --dist loadfile
+
+record: $(READY)  ## run the benchmarks on a GPU and write docs/results (LESSONS="NAME ...")
+	$(RUN) docs/_ext/record.py $(LESSONS)
 
 lint: $(READY)  ## check the style of the code, the spelling and the markup
 	$(RUN) -m ruff check

@@ -35,6 +35,7 @@ extensions = [
     "glossary_links",
     "lesson_runs",
     "mathml",
+    "recorded",
     "related",
     "triton_functions",
 ]
@@ -65,13 +66,16 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "show_signature": False,
     "image_srcset": ["2x"],
-    "image_scrapers": "alternatives",
+    "image_scrapers": ("figures.sign_lesson", "alternatives"),
     "reference_url": {"triton": None},  # None: this site
     "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
     "first_notebook_cell": "%pip install --quiet "
     + " ".join((ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]),
 }
+
+# A lesson that takes longer than so many seconds fails the build.
+lesson_limit = 300
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 autodoc_typehints = "none"
@@ -86,7 +90,15 @@ html_show_sourcelink = False
 # Only the lessons have a list beside them.
 html_sidebars = {
     page: []
-    for page in ("index", "install", "glossary", "bibliography", "404", "reference/*")
+    for page in (
+        "index",
+        "benchmarks",
+        "install",
+        "glossary",
+        "bibliography",
+        "404",
+        "reference/*",
+    )
 }
 html_math_renderer = "mathml"
 html_context = {"default_mode": "auto"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
 
 ROOT = Path(__file__).parent.parent
 LESSON = '''"""
@@ -115,7 +117,7 @@ def test_a_lesson_that_fails_stops_the_build_and_leaves_the_site(project):
     project.write("second", "changed")
     status, output = project.build()
     assert status != 0
-    assert "Lessons that failed: first.py" in output
+    assert "Lessons that failed: first.py (RuntimeError: no luck)" in output
     assert 'first.py", line 13' in output and "RuntimeError: no luck" in output
     assert project.runs.read_text().split() == ["first", "second"]
     assert (project.page("first"), project.page("second")) == before
@@ -195,6 +197,156 @@ def test_a_figure_has_an_alternative_that_tells_what_it_shows(project):
     assert 'alt="GB/s over rows; at 4: ours 5.25, torch 3.5"' in project.page("first")
 
 
+FIGURE = """
+import matplotlib.pyplot as plt
+MACHINE = "no GPU, 2026-01-02"
+print(type(plt.subplots()[1].set_xlabel(f"elements\\n{MACHINE}")).__name__)
+"""
+
+
+def test_pages_and_figures_say_what_made_them(project, monkeypatch):
+    project.write("first", "one", then=FIGURE)
+    # Sphinx-Gallery saves PNG; of an SVG the words can be read.
+    with (project.folder / "conf.py").open("a") as conf:
+        conf.write(
+            'sphinx_gallery_conf["image_scrapers"] = ("figures.sign_lesson", "svg")\n'
+        )
+    (project.folder / "docs/_ext/svg.py").write_text(
+        "from sphinx_gallery.scrapers import matplotlib_scraper\n"
+        "def _get_sg_image_scraper():\n"
+        "    return lambda *parts: matplotlib_scraper(*parts, format='svg')\n"
+    )
+    status, output = project.build(COMMIT="c0ffee")
+    assert status == 0, output
+    assert "by the script as it stands, on 20" in project.page("first")
+    assert f"Python {platform.python_version()}, at commit c0ffee." in project.page(
+        "first"
+    )
+    (picture,) = (project.site / "_images").glob("sphx_glr_first_001.svg")
+    words = re.findall(r"<text[^>]*>([^<]*)<", picture.read_text())
+    assert "elements" in words and "no GPU, 2026-01-02, commit c0ffee" in words
+
+
+def test_a_lesson_that_takes_too_long_fails_and_the_others_are_run(project):
+    project.write("first", "one", then="import time\ntime.sleep(600)\n")
+    status, output = project.build(SPHINXOPTS="-D lesson_limit=2")
+    assert status != 0 and not project.site.exists()
+    assert (
+        "Lessons that failed: first.py (TimeoutError: it took longer than lesson_limit, "
+        "2 seconds)"
+    ) in output
+    assert project.runs.read_text().split() == ["first", "second"]
+
+
+def test_a_lesson_that_cannot_be_interrupted_ends_the_build_with_its_name(project):
+    hang = "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
+    project.write("second", "two", then=hang + "time.sleep(600)\n")
+    status, output = project.build(SPHINXOPTS="-D lesson_limit=2")
+    assert status != 0 and not project.site.exists()
+    assert 'second.py", line 15 in <module>' in output
+    project.write("second", "two")
+    assert project.ran() == ["first", "second"]
+
+
+def test_outputs_of_another_version_of_a_script_are_refused(project):
+    without_running = {"SPHINXOPTS": "-D plot_gallery=0"}
+    assert project.build(**without_running)[0] != 0
+    assert project.ran() == ["first", "second"]
+    assert project.build(**without_running)[0] == 0
+    assert project.runs.read_text() == ""
+
+    project.write("second", "three")
+    status, output = project.build(**without_running)
+    assert status != 0 and "two" in project.page("second")
+    assert "Outputs are not of the script as it stands: second.py" in output
+    project.write("second", "two")
+    assert project.ran() == ["second"]
+
+
+def put_on_record(project, gpu):
+    folder = project.folder / "docs/results" / gpu.lower()
+    folder.mkdir(parents=True)
+    benchmark = {
+        "xlabel": "elements",
+        "unit": "GB/s",
+        "x_log": True,
+        "y_log": False,
+        "lines": {
+            "ours": ["#d55e00", "-"],
+            "x * y": ["#0072b2", "-"],
+            "copy": ["#555555", "--"],
+        },
+        "commit": "abc",
+        "date": "2026-01-02",
+    }
+    facts = dict.fromkeys(["driver", "cuda", "torch", "triton", "python"], "1.0")
+    facts |= {"gpu": gpu, "copy_limit": "3000 GB/s", "runs": 2, "date": "2026-01-02"}
+    facts |= {"commit": "abc", "benchmarks": {"first.speed": benchmark}}
+    (folder / "machine.json").write_text(json.dumps(facts))
+    names = ["ours", "x * y", "copy"]
+    rows = [
+        ["n", *(f"{name} (GB/s)" for name in names)],
+        [1024, 500, 1000, 2000],
+        [4096, 2900, 1234, 3000],
+    ]
+    rows[0] += [f"{name}, spread (GB/s)" for name in names]
+    rows[1] += [5, 10, 20]
+    rows[2] += [29, 12, 30]
+    text = "\n".join(",".join(map(json.dumps, row)) for row in rows)
+    (folder / "first.speed.csv").write_text(text)
+
+
+def test_a_lesson_ends_with_what_is_on_record_for_it(project):
+    shutil.copy(ROOT / "docs/benchmarks.md", project.folder / "docs")
+    (project.folder / "docs/index.md").write_text(
+        "# Home\n\n{recorded}`first.speed; x * y; 4096`\n\n"
+        "```{eval-rst}\n.. recorded-figure:: first.speed\n\n   A caption.\n```\n\n"
+        "```{toctree}\ntutorials/index\nbenchmarks\n```\n"
+    )
+    assert project.ran() == ["first", "second"]
+    assert "Recorded" not in project.page("first")
+    home = project.site / "index.html"
+    assert "not recorded yet" in home.read_text() and "A caption" not in home.read_text()
+
+    put_on_record(project, "H100")
+    put_on_record(project, "H200")
+    assert project.ran() == []
+    assert "Recorded benchmarks" not in project.page("second")
+    page = BeautifulSoup(project.page("first"), "html.parser")
+    section = page.find(id="recorded-benchmarks")
+    assert [tab.text.strip() for tab in section.select(".sd-tab-label")] == [
+        "H100",
+        "H200",
+    ]
+    for gpu, tab in zip(("H100", "H200"), section.select(".sd-tab-content"), strict=True):
+        assert f"Recorded on an {gpu}: driver 1.0" in tab.text
+        assert "recorded on 2026-01-02 at commit abc; the runs differ by 1.0%" in tab.text
+        alt = f"GB/s over elements, recorded on an {gpu}. At 4096: ours 2900, x * y 1234, copy 3000."
+        assert tab.img["alt"] == alt
+        picture = project.site / "tutorials" / tab.img["src"]
+        assert (
+            f"{gpu}, torch 1.0, triton 1.0, 2026-01-02, commit abc" in picture.read_text()
+        )
+        assert [cell.text for cell in tab.select("th, td")][:4] == [
+            "n",
+            "ours",
+            "x * y",
+            "copy",
+        ]
+        csv = project.site / "tutorials" / tab.find("a", class_="download")["href"]
+        assert csv.read_text().startswith('"n","ours (GB/s)"')
+    timing = page.select_one(".sphx-glr-timing")
+    assert timing in section.find_all_next(class_="sphx-glr-timing")
+
+    page = BeautifulSoup((project.site / "benchmarks.html").read_text(), "html.parser")
+    worst = ["first.speed", "ours", "25%", "copy, at 1024", "0.50", "x * y, at 1024"]
+    table = page.select_one("#where-we-lose table")
+    assert [cell.text for cell in table.select("td")] == worst
+    text = " ".join(page.text.split())
+    assert "elements: 3000 GB/s (H100)" in text and "Recorded on an H200" in text
+    assert "1234 GB/s" in home.read_text() and "A caption" in home.read_text()
+
+
 def make(*arguments, **environment):
     process = subprocess.run(
         ["make", "-C", ROOT, *arguments],
@@ -209,7 +361,7 @@ def make(*arguments, **environment):
 def test_make_alone_lists_the_targets():
     status, output = make()
     assert status == 0
-    for target in ("html", "test", "lint", "serve", "clean"):
+    for target in ("html", "test", "record", "lint", "serve", "clean"):
         assert f"make {target}" in output
 
 

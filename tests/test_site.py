@@ -86,7 +86,7 @@ def test_a_lesson_shows_code_output_time_and_downloads(name):
     assert page.select(".highlight-Python") and page.select(".sphx-glr-script-out")
     assert "Total running time of the script" in page.text
     downloads = [link["href"] for link in page.select("article a.download")]
-    assert {Path(link).suffix for link in downloads} == {".py", ".ipynb", ".zip"}
+    assert {Path(link).suffix for link in downloads[-3:]} == {".py", ".ipynb", ".zip"}
 
 
 @pytest.mark.parametrize("name", LESSONS)
@@ -113,6 +113,83 @@ def test_speed_is_shown_only_where_a_gpu_measured_it(name):
     assert bool(re.search(r"GB/s| ps | ms:|microseconds|MiB:", outputs)) != INTERPRET
     if not INTERPRET:
         assert lesson(name).select("img.sphx-glr-single-img, img.sphx-glr-multi-img")
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_says_when_and_at_which_commit(name):
+    note = lesson(name).select_one("h1 + .note").text
+    assert re.search(r"script as it stands, on \d{4}-\d\d-\d\d, .* at commit \w+", note)
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_a_lesson_ends_with_its_recorded_benchmarks(name):
+    shown = [
+        Path(link["href"]).name for link in lesson(name).select(".recorded a.download")
+    ]
+    recorded = (ROOT / "docs/results").glob(f"*/{name}.*.csv")
+    assert sorted(shown) == sorted(path.name for path in recorded)
+    for tab in lesson(name).select(".recorded .sd-tab-content"):
+        assert "Recorded on an " in tab.text
+
+
+def test_all_recorded_benchmarks_are_on_one_page_and_one_on_the_first():
+    page = PAGES[SITE / "benchmarks.html"]
+    shown = {Path(link["href"]).name for link in page.select(".recorded a.download")}
+    recorded = {path.name for path in (ROOT / "docs/results").glob("*/*.csv")}
+    assert shown == recorded
+    lessons = [
+        Path(link["href"]).stem for link in page.select("#what-the-lessons-take a")
+    ]
+    assert set(LESSONS) <= set(lessons)
+    pictures = [image["src"] for image in PAGES[SITE / "index.html"].select("figure img")]
+    assert bool(pictures) == bool(recorded)
+
+
+# A rate, a duration, a size, or a comparison of speeds.
+MEASURED = re.compile(
+    r"\d\s?(?:[KMGT]i?B|bytes)/s|\d\s?T?FLOPS?\b|\d\s?(?:[mnpuµμ]s|s|min)\b"
+    r"|\d\s?(?:(?:milli|micro|nano|pico)?seconds?|minutes?)\b|\d\s?[KMGT]i?B\b"
+    r"|\d(?:\s?[x×%]| times| per cent) (?:as )?(?:fast|slow|long|quick|more mem|less mem|of (?:a|the) copy)"
+)
+# Sizes that follow from a shape and a dtype, or from the design of a GPU.
+COUNTED = ["256 KiB", "64 KiB", "16 MiB", "8.6 GB"]
+
+
+def measured(sentence):
+    for size in COUNTED:
+        sentence = sentence.replace(size, "")
+    return MEASURED.search(sentence)
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "It reaches 2.9 TB/s.",
+        "A launch takes 17.6 µs.",
+        "It needs 3 seconds.",
+        "It is 1.5x faster and 3 times as fast.",
+        "It reaches 99% of the copy.",
+        "Training holds 300 MiB.",
+    ],
+)
+def test_a_measured_number_is_noticed(sentence):
+    assert measured(sentence)
+
+
+def test_no_speed_or_memory_is_typed_into_prose():
+    """It is printed by the run, or comes from the record: a table, a figure, or the role."""
+    typed = []
+    for path, page in PAGES.items():
+        for article in page.select("article"):
+            article = BeautifulSoup(str(article), "html.parser")
+            made = "pre, table, .recorded, .sphx-glr-timing, .formula, math, code"
+            for element in article.select(made):
+                element.decompose()
+            for block in article.select("p, li, dd, h1, h2, h3"):
+                text = " ".join(block.text.split())
+                if measured(text) and not text.startswith("Peak memory on the GPU:"):
+                    typed.append(f"{path.relative_to(SITE)}: {text}")
+    assert not typed
 
 
 def test_every_lesson_is_listed_in_reading_order():
