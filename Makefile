@@ -2,7 +2,7 @@
 
 VENV ?= .venv
 PYTHON ?= python3
-SPHINXOPTS ?=
+SPHINXOPTS ?= --fail-on-warning
 # Pages and records name it. An archive has no Git to ask: then set it.
 export COMMIT ?= $(shell git describe --always --dirty --exclude '*' 2> /dev/null)
 
@@ -20,6 +20,7 @@ help:
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "VENV=DIR    the environment to create and use (now: $(VENV)); VENV= uses the active one"
+	@echo "SITE_URL=URL, REPOSITORY=URL  where the site and its source will be, if anywhere"
 	@echo "PYTHON=EXE  the Python to create it with (now: $(PYTHON))"
 
 html: $(READY)  ## run the lessons that changed and build the site into _build/html
@@ -29,14 +30,16 @@ html: $(READY)  ## run the lessons that changed and build the site into _build/h
 	@echo "The site is in _build/html. To read it: make serve"
 
 test: html  ## build the site, then run all tests
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto --dist loadfile
 
 record: $(READY)  ## run the benchmarks on a GPU and write docs/results (LESSONS="NAME ...")
 	$(RUN) docs/_ext/record.py $(LESSONS)
 
-lint: $(READY)  ## check the style of the code
+lint: $(READY)  ## check the style of the code, the spelling and the markup
 	$(RUN) -m ruff check
 	$(RUN) -m ruff format --check
+	$(RUN) -m codespell_lib
+	$(RUN) -m sphinxlint --enable default-role --ignore docs/tutorials docs tutorials *.md
 
 serve: html  ## build the site and serve it on http://localhost:8000
 	$(RUN) -m http.server --bind localhost --directory _build/html 8000

@@ -1,8 +1,10 @@
 """How Sphinx builds the site. ``make html`` runs it with ``docs/`` as the source folder."""
 
+import os
 import sys
 import warnings
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from sphinx_gallery.sorting import ExplicitOrder
 
@@ -11,6 +13,10 @@ sys.path.insert(0, str(ROOT / "docs" / "_ext"))
 
 # What PyTorch and Triton warn of concerns the machine, not the reader of a page.
 warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
+
+# Where the site and its source will be, if anywhere: make html SITE_URL=... REPOSITORY=...
+SITE_URL = os.environ.get("SITE_URL", "").rstrip("/")
+REPOSITORY = os.environ.get("REPOSITORY", "").rstrip("/")
 
 project = "Fast and Right"
 author = "The authors of Fast and Right"
@@ -23,13 +29,18 @@ extensions = [
     "sphinx_copybutton",
     "sphinx.ext.autodoc",
     "sphinx_gallery.gen_gallery",
+    "notfound.extension",
+    "bibliography",
     "fold",
+    "glossary_links",
     "lesson_runs",
     "mathml",
     "recorded",
+    "related",
     "triton_functions",
 ]
-exclude_patterns = ["_ext"]
+exclude_patterns = ["_ext", "_templates"]
+templates_path = ["docs/_templates"]
 nitpicky = True
 
 sphinx_gallery_conf = {
@@ -55,7 +66,8 @@ sphinx_gallery_conf = {
     "remove_config_comments": True,
     "show_signature": False,
     "image_srcset": ["2x"],
-    "image_scrapers": ("figures.sign_lesson", "matplotlib"),
+    "image_scrapers": ("figures.sign_lesson", "alternatives"),
+    "reference_url": {"triton": None},  # None: this site
     "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
     "first_notebook_cell": "%pip install --quiet "
@@ -76,8 +88,20 @@ html_css_files = ["site.css"]
 html_favicon = "docs/_static/favicon.svg"
 html_show_sourcelink = False
 # Only the lessons have a list beside them.
-html_sidebars = {"index": [], "benchmarks": [], "install": [], "reference/*": []}
+html_sidebars = {
+    page: []
+    for page in (
+        "index",
+        "benchmarks",
+        "install",
+        "glossary",
+        "bibliography",
+        "404",
+        "reference/*",
+    )
+}
 html_math_renderer = "mathml"
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "logo": {
         "text": "Fast and Right",
@@ -90,3 +114,21 @@ html_theme_options = {
     "footer_start": ["copyright"],
     "footer_end": [],
 }
+
+notfound_urls_prefix = urlsplit(SITE_URL).path + "/"
+if SITE_URL:
+    extensions += ["sphinx_sitemap", "sphinxext.opengraph"]
+    html_baseurl = ogp_site_url = SITE_URL + "/"
+    sitemap_url_scheme = "{link}"
+    sitemap_excludes = ["404.html", "genindex.html", "search.html"]
+if REPOSITORY:
+    extensions += ["colab"]
+    html_context |= {
+        "repository": REPOSITORY,
+        "edit_page_url_template": "{{ repository }}/edit/main/"
+        "{% if file_name == 'tutorials/index.rst' %}tutorials/GALLERY_HEADER.rst"
+        "{% elif file_name.startswith('tutorials/') %}{{ file_name | replace('.rst', '.py') }}"
+        "{% else %}docs/{{ file_name }}{% endif %}",
+    }
+    html_theme_options["use_edit_page_button"] = True
+    html_theme_options["secondary_sidebar_items"] += ["colab", "edit-this-page"]

@@ -12,6 +12,12 @@ LAYOUTS = {
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """A process for each core, but tests that share a GPU run in this one."""
+    return None if INTERPRET else 0
+
+
 def pytest_collection_modifyitems(items):
     if INTERPRET:
         skip = pytest.mark.skip(reason="needs a GPU")

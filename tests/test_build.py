@@ -37,7 +37,7 @@ class Project:
         self.runs = folder / "runs"
         for name in ("conf.py", "requirements.txt", "Makefile"):
             shutil.copy(ROOT / name, folder)
-        for name in ("_ext", "_static"):
+        for name in ("_ext", "_static", "_templates"):
             shutil.copytree(ROOT / "docs" / name, folder / "docs" / name)
         (folder / "docs/index.md").write_text(
             "# Home\n\n```{toctree}\ntutorials/index\n```\n"
@@ -143,6 +143,58 @@ def test_an_interrupted_build_is_repaired_by_the_next(project):
     project.write("second", "two")
     assert set(project.ran()) >= {"first", "second"}
     assert "changed" in project.page("first") and "changed" not in project.page("second")
+
+
+def test_a_site_with_an_address_and_a_repository_says_so(project):
+    status, output = project.build(
+        SITE_URL="https://example.org/kernels/",
+        REPOSITORY="https://github.com/someone/kernels",
+    )
+    assert status == 0, output
+    page = project.page("first")
+    assert "https://github.com/someone/kernels/edit/main/tutorials/first.py" in page
+    (notebook,) = (project.site / "_downloads").glob("*/first.ipynb")
+    where = "https://colab.research.google.com/github/someone/kernels/blob/gh-pages/"
+    assert f'href="{where}{notebook.relative_to(project.site)}"' in page
+    address = "https://example.org/kernels/tutorials/first.html"
+    assert f'<link rel="canonical" href="{address}" />' in page
+    assert f'property="og:url" content="{address}"' in page
+    (card,) = re.findall(
+        'property="og:image" content="https://example.org/kernels/(.*?)"', page
+    )
+    assert (project.site / card).exists()
+    assert address in (project.site / "sitemap.xml").read_text()
+    assert 'href="/kernels/index.html"' in (project.site / "404.html").read_text()
+    assert "edit/main/docs/index.md" in (project.site / "index.html").read_text()
+
+
+def test_a_broken_link_fails_the_build(project):
+    (project.folder / "docs/index.md").write_text(
+        "# Home\n\n[](nowhere.md) [](other.md#no-anchor)\n\n"
+        "```{toctree}\ntutorials/index\nother\n```\n"
+    )
+    (project.folder / "docs/other.md").write_text("# Other\n")
+    project.write("first", "one", then="# %%\n# See :ref:`no label`.\n")
+    status, output = project.build()
+    assert status != 0
+    for target in ("nowhere.md", "no-anchor", "no label"):
+        assert target in output
+    assert not project.site.exists()
+
+
+PLOT = """
+import matplotlib.pyplot as plt
+plt.plot([1, 2, 4], [3.0, 4.0, 5.25], label="ours")
+plt.plot([1, 2, 4], [1.0, 2.0, 3.5], label="torch")
+plt.xlabel("rows\\nmachine")
+plt.ylabel("GB/s")
+"""
+
+
+def test_a_figure_has_an_alternative_that_tells_what_it_shows(project):
+    project.write("first", "one", then=PLOT)
+    assert project.build()[0] == 0
+    assert 'alt="GB/s over rows; at 4: ours 5.25, torch 3.5"' in project.page("first")
 
 
 FIGURE = """

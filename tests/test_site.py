@@ -1,6 +1,7 @@
 """The built site, as a visitor gets it. `make test` builds it first."""
 
 import json
+import os
 import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -39,7 +40,9 @@ def test_links_inside_the_site_lead_somewhere():
             url = urlsplit(link["href"])
             if url.scheme or url.netloc:
                 continue
-            target = (path.parent / unquote(url.path)).resolve() if url.path else path
+            folder = SITE if url.path.startswith("/") else path.parent
+            target = folder / unquote(url.path).lstrip("/") if url.path else path
+            target = target.resolve()
             found = target.exists()
             if found and url.fragment and target in PAGES:
                 found = PAGES[target].find(id=unquote(url.fragment)) is not None
@@ -195,17 +198,11 @@ def test_every_lesson_is_listed_in_reading_order():
         for link in PAGES[SITE / "tutorials/index.html"].select(".toctree-l1 a")
     ]
     lessons = [Path(link).stem for link in order if Path(link).stem in LESSONS]
-    names = [
-        "fused_softmax",
-        "baseline_dropout",
-        "seeded_dropout",
-        "checkpointed_dropout",
-        "matrix_dropout",
-        "sparse_johnson_lindenstrauss",
-        "recurrent_dropout",
-        "fused_lstm",
-    ]
-    assert list(dict.fromkeys(lessons)) == names
+    lessons = list(dict.fromkeys(lessons))
+    assert sorted(lessons) == LESSONS
+    settings = (ROOT / "conf.py").read_text()
+    named = [name for name in re.findall(r'"(\w+)\.py"', settings) if name in LESSONS]
+    assert lessons[: len(named)] == named
 
 
 def test_solutions_are_folded():
@@ -266,3 +263,54 @@ def test_notebook_runs_alone_in_an_empty_folder(name, tmp_path, monkeypatch):
         output for cell in nb.cells if cell.cell_type == "code" for output in cell.outputs
     ]
     assert any(output.output_type == "stream" for output in outputs)
+
+
+def test_the_glossary_is_linked_at_the_first_use_of_a_word():
+    links = lesson("seeded_dropout").select("article a.term")
+    assert [link["href"] for link in links].count("../glossary.html#term-Philox") == 1
+    for link in links:
+        entry = PAGES[SITE / "glossary.html"].find(id=link["href"].partition("#")[2])
+        assert link.text.lower().rstrip("s") in entry.text.lower()
+
+
+def test_names_in_code_lead_to_their_documentation():
+    (link, *_) = [
+        link
+        for link in lesson("seeded_dropout").select("pre a")
+        if link.text == "tl.rand"
+    ]
+    assert link["href"] == "../reference/random.html#triton.language.rand"
+
+
+def test_the_bibliography_lists_each_reference_once():
+    listed = [
+        item.a["href"]
+        for item in PAGES[SITE / "bibliography.html"].select(".bibliography li")
+    ]
+    for name in LESSONS:
+        for item in lesson(name).select("#references > ul > li"):
+            assert listed.count(item.a["href"]) == 1
+
+
+def test_previous_and_next_follow_the_reading_order():
+    page = lesson("baseline_dropout")
+    assert page.select_one(".prev-next-footer .left-prev")["href"] == "fused_softmax.html"
+    assert (
+        page.select_one(".prev-next-footer .right-next")["href"] == "seeded_dropout.html"
+    )
+
+
+def test_nothing_shows_of_a_repository_or_an_address_that_is_not_set():
+    if os.environ.get("SITE_URL") or os.environ.get("REPOSITORY"):
+        pytest.skip("they are set")
+    for page in PAGES.values():
+        assert not page.select(
+            "meta[property^='og:'], link[rel=canonical], .editthispage"
+        )
+        assert not page.select("a[href*='colab.research']")
+    assert not (SITE / "sitemap.xml").exists()
+
+
+def test_related_lessons_stand_at_the_end():
+    related = [link["href"] for link in lesson("matrix_dropout").select(".seealso a")]
+    assert related == ["fused_softmax.html", "seeded_dropout.html"]

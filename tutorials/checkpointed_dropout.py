@@ -364,7 +364,7 @@ if not INTERPRET:
 # --------
 #
 # So the seed must be known before the function runs. What identifies a mask is which run of the
-# program draws it, on which worker, in which layer, at which step. Give each of these some of the seed's
+# training draws it, on which worker, in which layer, at which step. Give each of these some of the seed's
 # 64 bits, and no two masks share a seed. The element's index is the counter, so that even within
 # a mask no two elements share a random word.
 #
@@ -444,7 +444,7 @@ def next_step(model):
 # moved on when the second run comes. The step belongs to the training loop, and the loop says when
 # it is over.
 #
-# Now a small network, with dropout of either kind, and each block checkpointed or not.
+# Now a small network, with dropout of either kind, and each part of it checkpointed or not.
 
 
 class Block(torch.nn.Module):

@@ -821,12 +821,16 @@ if __name__ == "__main__":
 # References
 # ----------
 #
-# - W. Zaremba, I. Sutskever and O. Vinyals, `Recurrent neural network regularization <https://arxiv.org/abs/1409.2329>`_, 2014.
+# - W. Zaremba, I. Sutskever and O. Vinyals, `Recurrent neural network regularization <https://arxiv.org/abs/1409.2329>`_,
+#   2014.
 # - Y. Gal and Z. Ghahramani, `A theoretically grounded application of dropout in recurrent neural networks <https://arxiv.org/abs/1512.05287>`_,
 #   2016.
-# - S. Semeniuta, A. Severyn and E. Barth, `Recurrent dropout without memory loss <https://arxiv.org/abs/1603.05118>`_, 2016.
-# - D. Krueger et al., `Zoneout: regularizing RNNs by randomly preserving hidden activations <https://arxiv.org/abs/1606.01305>`_, 2017.
-# - L. Wan et al., `Regularization of neural networks using DropConnect <https://proceedings.mlr.press/v28/wan13.html>`_, 2013.
+# - S. Semeniuta, A. Severyn and E. Barth, `Recurrent dropout without memory loss <https://arxiv.org/abs/1603.05118>`_,
+#   2016.
+# - D. Krueger et al., `Zoneout: regularizing RNNs by randomly preserving hidden activations <https://arxiv.org/abs/1606.01305>`_,
+#   2017.
+# - L. Wan et al., `Regularization of neural networks using DropConnect <https://proceedings.mlr.press/v28/wan13.html>`_,
+#   2013.
 # - S. Merity, N. S. Keskar and R. Socher, `Regularizing and optimizing LSTM language models <https://arxiv.org/abs/1708.02182>`_,
 #   2017, and its code, `awd-lstm-lm <https://github.com/salesforce/awd-lstm-lm>`_.
 # - Keras's documentation of its `LSTM <https://keras.io/api/layers/recurrent_layers/lstm/>`_.

@@ -1,0 +1,36 @@
+"""Text alternatives for the lessons' figures: the axes, the lines, and the values at the right end."""
+
+from sphinx_gallery.scrapers import matplotlib_scraper
+
+
+def describe(axes):
+    def label(text):
+        return text.partition("\n")[0]
+
+    lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
+    text = f"{label(axes.get_ylabel())} over {label(axes.get_xlabel())}"
+    ends = [
+        f"{line.get_label()} {line.get_ydata()[-1]:.4g}"
+        for line in lines
+        if len(line.get_ydata())
+    ]
+    if ends:
+        right = max(line.get_xdata()[-1] for line in lines if len(line.get_xdata()))
+        text += f"; at {right:.6g}: {', '.join(ends)}"
+    return text
+
+
+def scraper(block, block_vars, gallery_conf):
+    """Sphinx-Gallery takes the alternative from a figure's title, seen or not."""
+    import matplotlib.pyplot as plt
+
+    for number in plt.get_fignums():
+        figure = plt.figure(number)
+        if not figure.get_suptitle():
+            text = ". ".join(describe(axes) for axes in figure.axes)
+            figure.suptitle(text, visible=False)
+    return matplotlib_scraper(block, block_vars, gallery_conf)
+
+
+def _get_sg_image_scraper():
+    return scraper

@@ -1,0 +1,61 @@
+"""``{bibliography}`` lists what the lessons refer to, from the sections that they call References.
+
+An entry is known by its first link. The lessons that have it are named behind it.
+"""
+
+import re
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+
+class bibliography(nodes.General, nodes.Element):
+    pass
+
+
+class Bibliography(SphinxDirective):
+    def run(self):
+        return [bibliography()]
+
+
+def references(doctree):
+    for section in doctree.findall(nodes.section):
+        if section[0].astext() == "References":
+            yield from section.findall(nodes.list_item)
+
+
+def family_name(entry):
+    """Of the first author; an entry without one is documentation, and comes last."""
+    author = re.match(r"(?:[A-Z]\. )+([^,]+?)(?:,| and | et al)", entry.astext())
+    return (author is None, author[1] if author else entry.astext())
+
+
+def fill(app, doctree, docname):
+    for place in doctree.findall(bibliography):
+        entries, lessons = {}, {}
+        folder = app.config.sphinx_gallery_conf["gallery_dirs"]
+        for lesson in app.env.toctree_includes[f"{folder}/index"]:
+            for item in references(app.env.get_doctree(lesson)):
+                link = next(item.findall(nodes.reference))["refuri"]
+                entries.setdefault(link, item[0])
+                lessons.setdefault(link, []).append(lesson)
+        listed = nodes.bullet_list(classes=["bibliography"])
+        for link in sorted(entries, key=lambda link: family_name(entries[link])):
+            entry = entries[link]
+            if isinstance(
+                entry[-1], nodes.Text
+            ):  # what follows a colon concerns a lesson
+                entry[-1] = nodes.Text(entry[-1].partition(":")[0].rstrip(". \n") + ". ")
+            for lesson in lessons[link]:
+                uri = app.builder.get_relative_uri(docname, lesson)
+                title = app.env.titles[lesson].astext()
+                entry += [nodes.Text(" → "), nodes.reference("", title, refuri=uri)]
+            listed += nodes.list_item("", entry)
+        place.replace_self(listed)
+
+
+def setup(app):
+    app.add_node(bibliography)
+    app.add_directive("bibliography", Bibliography)
+    app.connect("doctree-resolved", fill)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,183 @@
+"""The built site in a real browser. It takes Debian's package: sudo apt install chromium"""
+
+import functools
+import gzip
+import http.server
+import re
+import shutil
+import threading
+from types import SimpleNamespace
+
+import pytest
+from test_site import LESSONS, SITE
+
+CHROMIUM = shutil.which("chromium")
+if not CHROMIUM:
+    pytest.skip("needs a browser: sudo apt install chromium", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+
+PAGES = sorted(
+    str(path.relative_to(SITE))
+    for path in SITE.rglob("*.html")
+    if "_static" not in path.parts  # the theme's own
+)
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def url():
+    handler = functools.partial(Handler, directory=SITE)
+    with http.server.ThreadingHTTPServer(("localhost", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield f"http://localhost:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        # Root, as which CI may run, can't have the sandbox.
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    with browser.new_context(base_url=url, permissions=["clipboard-read"]) as context:
+        yield context.new_page()
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def visit(request, browser, url):
+    """A page, loaded once for all tests that look at it, and what happened meanwhile."""
+    faults, requests = [], []
+    with browser.new_context(base_url=url, reduced_motion="reduce") as context:
+        page = context.new_page()
+        page.on("console", lambda message: faults.append((message.type, message.text)))
+        page.on("pageerror", lambda error: faults.append(("error", str(error))))
+        page.on("request", lambda request: requests.append(request))
+        page.goto(request.param)
+        yield SimpleNamespace(
+            name=request.param, page=page, faults=faults, requests=requests
+        )
+
+
+def on_the_wire(response):
+    """Bytes of a response. A web server compresses text, as the one in Python does not."""
+    body = response.body()
+    text = re.match("text/|.*(javascript|json|svg)", response.headers["content-type"])
+    return len(gzip.compress(body) if text else body)
+
+
+def test_a_page_loads_by_itself_quietly_and_fast(visit, url):
+    assert not [text for kind, text in visit.faults if kind == "error"]
+    urls = [request.url for request in visit.requests]
+    assert not [to for to in urls if not to.startswith((url, "data:", "blob:"))]
+    assert not [request.url for request in visit.requests if not request.response().ok]
+    assert sum(on_the_wire(request.response()) for request in visit.requests) < 1_000_000
+    timing = "performance.getEntriesByType('navigation')[0].loadEventEnd"
+    assert (
+        visit.page.evaluate(timing) < 5000
+    )  # milliseconds; 150 to 600 on an idle machine
+
+
+def serious_faults(page, **options):
+    context = {"exclude": [".highlight pre"]}  # thousands of words in a few colours
+    found = axe.run(page, context, {"resultTypes": ["violations"], **options})
+    return [
+        (fault["id"], node["target"], node["failureSummary"])
+        for fault in found.response["violations"]
+        for node in fault["nodes"]
+        if fault["impact"] in ("serious", "critical")
+    ]
+
+
+def test_axe_finds_nothing_serious(visit):
+    assert not serious_faults(visit.page)
+    visit.page.emulate_media(color_scheme="dark")
+    visit.page.wait_for_function("document.documentElement.dataset.theme == 'dark'")
+    assert not serious_faults(visit.page, runOnly=["color-contrast"])
+    visit.page.emulate_media(color_scheme="light")
+    visit.page.wait_for_function("document.documentElement.dataset.theme == 'light'")
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_code_can_be_told_from_its_background(page, theme):
+    page.emulate_media(color_scheme=theme)
+    page.goto("tutorials/baseline_dropout.html")
+    found = axe.run(page, ".highlight pre", {"runOnly": ["color-contrast"]})
+    assert not found.response["violations"]
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_page_does_not_scroll_sideways(visit, width):
+    visit.page.set_viewport_size({"width": width, "height": 800})
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_page_reads_fully_without_javascript(visit, browser, url):
+    with browser.new_context(base_url=url, java_script_enabled=False) as context:
+        plain = context.new_page()
+        plain.goto(visit.name)
+        assert plain.locator("h1").first.is_visible()
+        if visit.name != "search.html":
+            article = "main article"
+            assert (
+                plain.inner_text(article).split()
+                == visit.page.inner_text(article).split()
+            )
+
+
+@pytest.mark.parametrize(
+    ("word", "target"),
+    [("philox", "reference/random.html#"), ("softmax", "tutorials/fused_softmax.html")],
+)
+def test_search_leads_to_the_section(page, word, target):
+    page.goto(f"search.html?q={word}")
+    page.locator(f"ul.search a[href*='{target}']").first.click()
+    assert target in page.url
+    assert word in page.inner_text("main article").lower()
+
+
+def test_the_theme_switch_switches_and_stays(page):
+    page.goto("index.html")
+    for theme in ("dark", "light"):
+        page.locator(".theme-switch-button:visible").click()
+        page.locator(f".theme-change-button[data-mode={theme}]:visible").click()
+        for name in ("index.html", "install.html"):
+            page.goto(name)
+            assert page.get_attribute("html", "data-theme") == theme
+
+
+def test_the_copy_button_copies(page):
+    page.goto("install.html")
+    block = page.locator("div.highlight", has_text="make serve").first
+    block.hover()
+    block.locator("button.copybtn").click()
+    assert page.evaluate("navigator.clipboard.readText()") == "make html\nmake serve"
+
+
+def test_tabs_show_what_they_name(visit):
+    for tab in visit.page.locator(".sd-tab-set > label").all():
+        tab.click()
+        assert tab.locator("xpath=following-sibling::div[1]").is_visible()
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_downloads_arrive(page, name):
+    page.goto(f"tutorials/{name}.html")
+    links = page.locator("article a.download, article a[href$='.csv']").all()
+    assert links
+    for link in links:
+        answer = page.request.get(link.evaluate("link => link.href"))
+        assert answer.ok and answer.body()
+
+
+def test_the_whole_site_is_small():
+    assert sum(path.stat().st_size for path in SITE.rglob("*.*")) < 15e6
