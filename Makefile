@@ -30,7 +30,7 @@ html: $(READY)  ## run the lessons that changed and build the site into _build/h
 	@echo "The site is in _build/html. To read it: make serve"
 
 test: html  ## build the site, then run all tests
-	$(RUN) -m pytest -n auto --dist loadfile
+	$(RUN) -m pytest -n auto --dist worksteal
 
 record: $(READY)  ## run the benchmarks on a GPU and write docs/results (LESSONS="NAME ...")
 	$(RUN) docs/_ext/record.py $(LESSONS)

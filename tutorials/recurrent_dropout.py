@@ -729,7 +729,7 @@ if INTERPRET:
     STREAMS, PIECE, WIDTH, HIDDEN, EPOCHS, SEEDS = 2, 4, 4, 4, 2, 2
     training, held_out = training[:10], held_out[:10]
 else:
-    STREAMS, PIECE, WIDTH, HIDDEN, EPOCHS, SEEDS = 20, 70, 200, 300, 16, 3
+    STREAMS, PIECE, WIDTH, HIDDEN, EPOCHS, SEEDS = 20, 70, 200, 300, 14, 3
 
 
 def streams(text, n):

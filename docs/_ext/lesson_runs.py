@@ -62,7 +62,12 @@ def on_gpu():
 def made_with(app):
     """What the outputs depend on, other than the scripts."""
     settings = hashlib.sha256()
-    for name in ("conf.py", "requirements.txt", "docs/_ext/figures.py"):
+    for name in (
+        "conf.py",
+        "requirements.txt",
+        "docs/_ext/figures.py",
+        "docs/_ext/alternatives.py",
+    ):
         settings.update((Path(app.confdir) / name).read_bytes())
     return {
         "gpu": torch.cuda.get_device_name() if on_gpu() else None,

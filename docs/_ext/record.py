@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from datetime import date
 from pathlib import Path
 
@@ -201,6 +202,7 @@ def main():
             "Recording needs a GPU: the time that Triton's interpreter takes says nothing."
         )
     matplotlib.use("agg")
+    warnings.filterwarnings("ignore", module=r"torch\.")  # of peers, as on the pages
     sys.path.insert(0, str(ROOT / "tutorials"))
     every = sorted(path.stem for path in (ROOT / "tutorials").glob("*.py"))
     lessons = sys.argv[1:] or every
