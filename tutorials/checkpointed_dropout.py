@@ -683,6 +683,46 @@ if __name__ == "__main__" and not INTERPRET:
 #    numbers would you compute the offset of one of them, so that the backward kernel finds it again?
 # 3. Run ``check_replay`` on a block of your own model.
 #
+# .. note::
+#    Try it first.
+#
+#    1. One: the seed that was drawn inside is now a seed passed in, and replays in all four columns.
+#       The others draw inside as before.
+#
+#       .. code-block:: python
+#
+#          def drawn_before(x, w):
+#              seed = torch.randint(2**62, ())
+#              return checkpoint(
+#                  lambda x, w, seed: seeded_dropout4x(x, 0.5, seed) * w,
+#                  x,
+#                  w,
+#                  seed,
+#                  use_reentrant=False,
+#                  preserve_rng_state=False,
+#              )
+#
+#    2. From the batch's and the head's number, the query's and the key's, and the numbers of heads,
+#       queries and keys: the place that the element would have if the matrix were written. None of
+#       them depends on the tiles, which the backward kernel may cut in another way. Compute it in 64
+#       bits. Layer and step are in the seed.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def keep_tile(seed, p, batch, head, queries, keys, n_heads, n_queries, n_keys):
+#              matrix = tl.cast(batch, tl.int64) * n_heads + head
+#              rows = matrix * n_queries + queries[:, None]
+#              return tl.rand(seed, rows * n_keys + keys[None, :]) >= p
+#
+#    3. Leave the block in training mode, and pass the options that your training passes. This one
+#       replays; with ``preserve_rng_state=False`` it does not, because it draws from torch's generator.
+#
+#       .. code-block:: python
+#
+#          block = torch.nn.TransformerEncoderLayer(64, 4, 128, dropout=0.1).to(DEVICE)
+#          check_replay(block, torch.randn(10, 2, 64, device=DEVICE))
+#
 # References
 # ----------
 #

@@ -892,11 +892,80 @@ if __name__ == "__main__" and not INTERPRET:
 # 1. Remove the line that adds units until they are a multiple of 8, and measure 1150 units again.
 # 2. Draw the recurrent mask anew at each step. Which number has to enter the counter, and which
 #    other kernel must draw it likewise?
-# 3. Give the module Semeniuta's dropout, which multiplies g alone. Two lines of either kernel
-#    change.
+# 3. Give the module Semeniuta's dropout, which multiplies g alone, anew at each step. A few lines
+#    of either kernel change.
 # 4. Let one launch run all steps: programs that stay on the GPU, each with its columns of U on the
 #    chip, and a barrier after each step. What must a program read from the others at each step,
 #    and what would it save?
+#
+# .. note::
+#    Try it first.
+#
+#    1. The results stay the same. But 1150 numbers of 2 or of 4 bytes are no multiple of 16 bytes, so
+#       rows begin anywhere, and the products have to load them in smaller pieces. Expect the products
+#       to take longer, and the kernel of the step as long as before.
+#
+#       .. code-block:: diff
+#
+#          -        H, extra = self.hidden_size, -self.hidden_size % 8
+#          +        H, extra = self.hidden_size, 0
+#
+#    2. The number of the step that reads the state: step t masks what step t + 1 multiplies. The
+#       backward kernel has to draw the same, and so has the gradient of U, which masks all states at
+#       once: for it, take all steps for one step with T times the sequences.
+#
+#       .. code-block:: diff
+#
+#          @@ in step_kernel and in step_backward_kernel
+#          -    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
+#          +    row = (t + 1) * n_sequences + sequence
+#          +    words = tl.randint4x(tl.load(seed_ptr), (row << 32) | unit)
+#          @@ in lstm_steps_backward
+#          -    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+#          +    states = h[:-1].view(1, 1, -1, n_units).expand(G, -1, -1, -1)
+#          +    masked = gate_dropout(states, p, seed)[:, 0]
+#
+#    3. Where g is used, it is masked, in the forward kernel once, in the backward kernel twice; where
+#       h was masked, it no longer is. With implementation 2, ``recurrent_dropout`` is now Semeniuta's
+#       rate, and the mask is drawn at each step. Outside the loop, the state is dropped at a rate of 0.
+#
+#       .. code-block:: diff
+#
+#          @@ in step_kernel
+#          -    c = f * c + i * g
+#          +    row = t * n_sequences + sequence
+#          +    word = tl.randint(tl.load(seed_ptr), (row << 32) | unit).to(tl.int64)
+#          +    c = f * c + i * tl.where(word >= threshold, g * tl.cast(scale, c.dtype), 0.0)
+#          @@
+#          -        kept = tl.where(words[k].to(tl.int64) >= threshold, h * scale, 0.0)
+#          +        kept = h
+#          @@ in step_backward_kernel
+#          -        dh += tl.where(words[k].to(tl.int64) >= threshold, d_masked * scale, 0.0)
+#          +        dh += d_masked
+#          @@
+#          -    tl.store(d_gate, dc * g * i * (1 - i), mask=inside)
+#          +    row = t * n_sequences + sequence
+#          +    word = tl.randint(tl.load(seed_ptr), (row << 32) | unit).to(tl.int64)
+#          +    factor = tl.where(word >= threshold, scale, 0.0).to(dc.dtype)
+#          +    tl.store(d_gate, dc * factor * g * i * (1 - i), mask=inside)
+#          @@
+#          -    tl.store(d_gate + 2 * n_units, dc * i * (1 - g * g), mask=inside)
+#          +    tl.store(d_gate + 2 * n_units, dc * factor * i * (1 - g * g), mask=inside)
+#          @@ in lstm_steps
+#          -    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+#          +    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), 0.0, seed)[:, 0]
+#          @@ in lstm_steps_backward
+#          -    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+#          +    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), 0.0, seed).flatten(1, 2)
+#          @@
+#          -    dh0 = gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
+#          +    dh0 = gate_dropout(d_masked[:, None], 0.0, seed).sum(dim=0)[0] + dh[0]
+#
+#    4. The states of all units, batch × H numbers, since every column of the product needs all of
+#       them, and each program computes only its own. They pass through memory or L2, and the barrier
+#       keeps anyone from reading too early. It saves the launches, and the reading of U at every step,
+#       which doesn't change from step to step. For the barrier all programs must be on the GPU at the
+#       same time, and U must fit into their registers and shared memory.
 #
 # References
 # ----------

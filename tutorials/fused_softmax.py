@@ -891,6 +891,115 @@ if __name__ == "__main__" and not INTERPRET:
 # 4. Make odd widths fast. In ``softmax_slice_kernel`` let the slices begin at multiples of 16 bytes in memory
 #    instead of at the row's first element, so that only the two ends of a row need special care.
 #
+# .. note::
+#    Try it first.
+#
+#    1. The maximum and the sum, which all kernels have: the logarithm of y is x - m - log(s). Taking
+#       the logarithm of the finished softmax would not do: at -1e4 it is 0, whose logarithm is -inf.
+#       The other kernels change in the same way.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def log_softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
+#              row = tl.program_id(0).to(tl.int64)
+#              cols = tl.arange(0, BLOCK)
+#              mask = cols < n_cols
+#              x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=-float("inf"))
+#              x = to_arithmetic(x)
+#              x -= tl.max(x, axis=0)
+#              y = x - tl.log(tl.sum(tl.exp(x), axis=0))
+#              tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
+#
+#
+#          def log_softmax(x):
+#              y = torch.empty_like(x)
+#              BLOCK = triton.next_power_of_2(x.shape[1])
+#              log_softmax_kernel[(len(x),)](y, x, x.stride(0), x.shape[1], BLOCK)
+#              return y
+#
+#
+#          x = torch.randn(5, 781, device=DEVICE)
+#          x[:, 0], x[1:, 1] = -1e4, 1e4
+#          torch.testing.assert_close(log_softmax(x), torch.log_softmax(x, dim=-1))
+#
+#    2. With 16 bytes a program has four times the warps, but never more than 32: in the first figure
+#       its widest rows had 32 before, and stay as they are. The others spend more on combining. With
+#       256 bytes a warp is the least, so the narrowest rows stay as they are; elsewhere fewer threads
+#       each hold more in registers, and have fewer loads under way at a time. Expect neither to come
+#       closer to the copy, and look where they fall behind.
+#    3. You gain an atomic operation a program, which is next to nothing beside reading a slice. What you
+#       lose is the promise: "those were taken by programs that have started already". GPUs do start
+#       programs in the order of their numbers, as far as anyone has seen, but nobody promises it. If
+#       the last were started first and filled the GPU, all of them would wait for ever.
+#
+#       .. code-block:: diff
+#
+#          -    t = tl.atomic_add(stats_ptr + 2 * n_slices, 1, sem="relaxed").to(tl.int32) + 1
+#          +    t = tl.program_id(0)
+#
+#    4. Let a row's first slice begin up to 15 bytes before the row, at the last multiple of 16 in
+#       memory. ``multiple_of`` tells the compiler so. A mask that ends anywhere would still force it
+#       to load elements singly, so slices that lie within the row do without one. Output and input
+#       have to begin equally far behind a multiple of 16, or else the input is copied first. The
+#       backward kernel loads with the same function, so it has to store with the same, too.
+#
+#       .. code-block:: diff
+#
+#          @@ in load_slice
+#          -    cols = t % SLICES * BLOCK + tl.arange(0, BLOCK)
+#          -    ptrs = ptr + (t // SLICES).to(tl.int64) * row_stride + cols
+#          -    mask = (cols < n_cols) & exists
+#          -    return to_arithmetic(tl.load(ptrs, mask=mask, other=OTHER, eviction_policy=POLICY))
+#          +    ptrs, first = aligned(ptr, t, row_stride, SLICES, BLOCK)
+#          +    if exists & (first >= 0) & (first + BLOCK <= n_cols):
+#          +        x = tl.load(ptrs, eviction_policy=POLICY)
+#          +    else:
+#          +        cols = first + tl.arange(0, BLOCK)
+#          +        mask = (cols >= 0) & (cols < n_cols) & exists
+#          +        x = tl.load(ptrs, mask=mask, other=OTHER, eviction_policy=POLICY)
+#          +    return to_arithmetic(x)
+#          +
+#          +
+#          +@triton.jit
+#          +def aligned(ptr, t, row_stride, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+#          +    """Addresses of slice t, and the column where it begins: below 0 if before its row."""
+#          +    GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+#          +    start = (t // SLICES).to(tl.int64) * row_stride
+#          +    before = start % GROUP
+#          +    first = t % SLICES * BLOCK
+#          +    ptrs = ptr + tl.multiple_of(start - before, GROUP) + first + tl.arange(0, BLOCK)
+#          +    return ptrs, first - before.to(tl.int32)
+#          +
+#          +
+#          +@triton.jit
+#          +def store_slice(ptr, t, y, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+#          +    ptrs, first = aligned(ptr, t, n_cols, SLICES, BLOCK)
+#          +    if (first >= 0) & (first + BLOCK <= n_cols):
+#          +        tl.store(ptrs, y, eviction_policy="evict_first")
+#          +    else:
+#          +        cols = first + tl.arange(0, BLOCK)
+#          +        mask = (cols >= 0) & (cols < n_cols)
+#          +        tl.store(ptrs, y, mask=mask, eviction_policy="evict_first")
+#          @@ in softmax_slice_kernel
+#          -        cols = u % SLICES * BLOCK + tl.arange(0, BLOCK)
+#          -        y_ptrs = y_ptr + (u // SLICES).to(tl.int64) * n_cols + cols
+#          -        tl.store(y_ptrs, y, mask=cols < n_cols, eviction_policy="evict_first")
+#          +        store_slice(y_ptr, u, y, n_cols, SLICES, BLOCK)
+#          @@ in backward_slice_kernel
+#          -        cols = u % SLICES * BLOCK + tl.arange(0, BLOCK)
+#          -        dx_ptrs = dx_ptr + (u // SLICES).to(tl.int64) * n_cols + cols
+#          -        tl.store(
+#          -            dx_ptrs, y * (dy - dot), mask=cols < n_cols, eviction_policy="evict_first"
+#          -        )
+#          +        store_slice(dx_ptr, u, y * (dy - dot), n_cols, SLICES, BLOCK)
+#          @@ in launch
+#          -    SLICES = triton.cdiv(n_cols, BLOCK)
+#          +    SLICES = triton.cdiv(n_cols + 16 // itemsize - 1, BLOCK)
+#          @@ in softmax_op
+#          -        if rows.stride(1) != 1:
+#          +        if rows.stride(1) != 1 or (rows.stride(0) - n_cols) % (16 // x.element_size()):
+#
 # References
 # ----------
 #

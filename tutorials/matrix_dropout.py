@@ -515,6 +515,71 @@ def check_row_dropout(answer):
 
 
 # %%
+# .. note::
+#    Try it first.
+#
+#    1. The columns of ``x`` are the rows of its transpose, and the kernel takes any strides.
+#
+#       .. code-block:: python
+#
+#          def column_dropout(x, p, seeds):
+#              return matrix_dropout(x.T, p, seeds).T
+#
+#
+#          check_column_dropout(column_dropout)
+#
+#    2. Each program draws its row's word, and a row that is dropped need not even be read. At p = 1
+#       the threshold is 2³², which no word reaches, so the comparison is in 64 bits.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def row_dropout_kernel(
+#              y_ptr, x_ptr, seeds_ptr, n_cols, row_stride, col_stride, threshold, scale,
+#              BLOCK: tl.constexpr,
+#          ):
+#              row = tl.program_id(0).to(tl.int64)
+#              cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+#              word = tl.randint(tl.load(seeds_ptr + row), row * 0).to(tl.int64)
+#              inside = cols < n_cols
+#              kept = inside & (word >= threshold)
+#              x = tl.load(x_ptr + row * row_stride + cols * col_stride, mask=kept, other=0.0)
+#              tl.store(y_ptr + row * n_cols + cols, x * scale, mask=inside)
+#
+#
+#          def row_dropout(x, p, seeds):
+#              y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+#              scale = 1 / (1 - p) if p < 1 else 0.0
+#              row_dropout_kernel[len(x), triton.cdiv(x.shape[1], 1024)](
+#                  y, x, seeds, x.shape[1], *x.stride(), round(p * 2**32), scale, 1024
+#              )
+#              return y
+#
+#
+#          check_row_dropout(row_dropout)
+#
+#    3. A row is now a sequence, and a column stands for a step and a feature: the address needs both,
+#       with a stride for each. Decisions and result stay as they are.
+#
+#       .. code-block:: diff
+#
+#          @@ in matrix_dropout_kernel
+#               x_row_stride,
+#          +    x_step_stride,
+#               x_col_stride,
+#          +    n_features,
+#               threshold,
+#               scale: tl.float64,
+#          @@
+#          -    x_tile = x_ptr + rows[:, None] * x_row_stride + cols[None, :] * x_col_stride
+#          +    places = cols // n_features * x_step_stride + cols % n_features * x_col_stride
+#          +    x_tile = x_ptr + rows[:, None] * x_row_stride + places[None, :]
+#
+#       ``x.flatten(1)`` costs nothing where the stride of the steps is that of the features times
+#       their number, as in a contiguous tensor, or in some of its sequences. Else it is a copy, which
+#       reads and writes everything once more. A batch that lies in memory with time first is of that
+#       kind.
+#
 # References
 # ----------
 #

@@ -818,6 +818,79 @@ if __name__ == "__main__":
 # 4. Train with ``variational=True`` in place of the plain ``WeightDrop``, over three seeds. Can
 #    you tell them apart?
 #
+# .. note::
+#    Try it first.
+#
+#    1. The word's number, as in the table: so the mask stays that of ``EmbeddingDropout``, bit for
+#       bit, and a word that occurs twice is dropped twice.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def lookup_kernel(
+#              y_ptr, table_ptr, words_ptr, n_features, threshold, scale, seed_ptr,
+#              BLOCK: tl.constexpr,
+#          ):
+#              place = tl.program_id(0).to(tl.int64)
+#              column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+#              i = tl.load(words_ptr + place)
+#              w0, w1, w2, w3 = tl.randint4x(tl.load(seed_ptr), i // 4)
+#              w = tl.where(i % 4 == 0, w0, tl.where(i % 4 == 1, w1, tl.where(i % 4 == 2, w2, w3)))
+#              inside = column < n_features
+#              kept = inside & (w.to(tl.int64) >= threshold)
+#              x = tl.load(table_ptr + i * n_features + column, mask=kept, other=0.0)
+#              tl.store(y_ptr + place * n_features + column, x * scale, mask=inside)
+#
+#
+#          def lookup(table, words, p, seed):
+#              """What EmbeddingDropout gives, for float32 and p < 1."""
+#              n_features = table.shape[1]
+#              y = table.new_empty(*words.shape, n_features)
+#              lookup_kernel[words.numel(), triton.cdiv(n_features, 256)](
+#                  y, table, words, n_features, round(p * 2**32), 1 / (1 - p), seed, 256
+#              )
+#              return y
+#
+#    2. Steps times sequences are the repeats, features the decisions:
+#
+#       .. code-block:: python
+#
+#          class SharedDropout(LockedDropout):
+#              def forward(self, x):
+#                  if not self.training or self.p == 0:
+#                      return x
+#                  flat = x.reshape(-1, x.shape[2], 1)
+#                  return shared_dropout(flat, self.p, draw_seed(x.device)).view(x.shape)
+#
+#    3. A value is the old one or the new one, and both have the usual size: nothing is zeroed that the
+#       others would have to make up for. At test time the two are mixed, p of the old and 1 - p of the
+#       new.
+#
+#       .. code-block:: python
+#
+#          from torch.nn.functional import linear
+#
+#
+#          def zoneout_loop(x, weight_ih, weight_hh, bias, h, c, p_h, p_c):
+#              outputs = []
+#              for step in linear(x, weight_ih) + bias:
+#                  i, f, g, o = (step + linear(h, weight_hh)).chunk(4, dim=-1)
+#                  new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+#                  new_h = o.sigmoid() * new_c.tanh()
+#                  h = torch.where(torch.rand_like(h) < p_h, h, new_h)
+#                  c = torch.where(torch.rand_like(c) < p_c, c, new_c)
+#                  outputs.append(h)
+#              return torch.stack(outputs), c
+#
+#    4. One argument more. Compare the difference of the two means with the spread of the seeds, which
+#       the table prints behind each. If the ranges overlap, three seeds can't tell, and the honest
+#       answer is no.
+#
+#       .. code-block:: diff
+#
+#          -            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight)
+#          +            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight, True)
+#
 # References
 # ----------
 #

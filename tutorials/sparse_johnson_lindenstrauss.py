@@ -877,6 +877,93 @@ def check_count_sketch(answer):
 
 
 # %%
+# .. note::
+#    Try it first.
+#
+#    1. A sixteenth of the calls, for the bits of a call are 128 signs. Don't expect a sixteenth of the
+#       time: each bit has to be taken out of its word, and the product takes as long as before.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def sign_kernel(
+#              y_ptr, x_ptr, n_vectors, n_features, n_components, scale, seed,
+#              OUT: tl.constexpr, VECTORS: tl.constexpr,
+#          ):
+#              outs = tl.program_id(0) * OUT + tl.arange(0, OUT)
+#              vectors = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)
+#              zero = tl.zeros((OUT,), tl.uint32)
+#              y = tl.zeros((OUT, VECTORS), tl.float32)
+#              for i in range(0, n_features, 128):
+#                  call = zero + tl.cast(i // 128, tl.uint32)
+#                  w0, w1, w2, w3 = tl.philox(
+#                      seed, call, outs.to(tl.uint32), zero, zero, n_rounds=7
+#                  )
+#                  words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+#                  words = tl.reshape(words, (OUT, 4, 1))
+#                  bits = words >> tl.arange(0, 32).to(tl.uint32)[None, None, :]
+#                  signs = tl.reshape(1 - 2 * (bits & 1).to(tl.int32), (OUT, 128))
+#
+#                  ins = i + tl.arange(0, 128)
+#                  places = vectors.to(tl.int64)[None, :] * n_features + ins[:, None]
+#                  inside = (ins < n_features)[:, None] & (vectors < n_vectors)[None, :]
+#                  x = tl.load(x_ptr + places, mask=inside, other=0.0)
+#                  y = tl.dot(signs.to(x.dtype), x, y, input_precision="ieee")
+#              places = vectors.to(tl.int64)[None, :] * n_components + outs[:, None]
+#              inside = (outs < n_components)[:, None] & (vectors < n_vectors)[None, :]
+#              tl.store(y_ptr + places, y * scale, mask=inside)
+#
+#
+#          def sign_projection(x, n_components, seed):
+#              x = x.contiguous()
+#              y = torch.empty(len(x), n_components, dtype=x.dtype, device=x.device)
+#              sign_kernel[triton.cdiv(n_components, 64), triton.cdiv(len(x), 16)](
+#                  y, x, *x.shape, n_components, n_components**-0.5, seed, 64, 16, num_stages=1
+#              )
+#              return y
+#
+#
+#          check_sign_projection(sign_projection)
+#
+#    2. A call for each feature decides on both, and ``atomic_add`` takes the feature to its component.
+#       No length is lost, so nothing is scaled. The squared length has exactly the variance of a
+#       projection with density 1, by the formula above,
+#       :math:`\frac{2}{k} \left(1 - \sum_j x_j^4 / |x|^4\right)`, though each row has a single entry.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def count_sketch_kernel(
+#              y_ptr, x_ptr, n_vectors, n_features, n_components, seed,
+#              VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+#          ):
+#              vector = (tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)).to(tl.int64)[:, None]
+#              feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+#              inside = (vector < n_vectors) & (feature < n_features)
+#              words = tl.randint4x(seed, feature)
+#              component = (words[0].to(tl.int64) * n_components) >> 32
+#              x = tl.load(x_ptr + vector * n_features + feature, mask=inside, other=0.0)
+#              x = tl.where((words[1] & 1) == 0, x, -x)
+#              tl.atomic_add(y_ptr + vector * n_components + component, x, mask=inside)
+#
+#
+#          def count_sketch(x, n_components, seed):
+#              x = x.contiguous()
+#              y = torch.zeros(len(x), n_components, dtype=x.dtype, device=x.device)
+#              count_sketch_kernel[triton.cdiv(len(x), 16), triton.cdiv(x.shape[1], 256)](
+#                  y, x, *x.shape, n_components, seed, 16, 256
+#              )
+#              return y
+#
+#
+#          check_count_sketch(count_sketch)
+#
+#    3. Time ``drawn_product`` and ``visited_product`` with ``milliseconds``. The first takes the same
+#       time at any density; the second's grows with the density, and once more for every 64 vectors,
+#       while the first holds sums for 256. So expect the place to move to sparser matrices as the
+#       vectors get more. But the two draw different matrices: who moves it changes the results at the
+#       densities in between.
+#
 # References
 # ----------
 #
