@@ -310,7 +310,9 @@ def compare_with_loop(lesson, implementation, masks):
             # All steps as one step of more sequences: row t * B + b of the counter.
             ones = torch.ones(G, 1, T * B, H, device=DEVICE, dtype=torch.float64)
             drawn = lesson.gate_dropout(ones, 0.4, seed).view(G, T, B, H)
-            y = loop_with_masks(lesson, lstm, x, lambda t: masks(drawn[:, t]))
+            y = loop_with_masks(
+                lesson, lstm, x, lambda t, drawn=drawn: masks(drawn[:, t])
+            )
         else:
             y = lstm(x)[0]
         inputs = [x, *lstm.parameters()]

@@ -323,7 +323,8 @@ print("the same mask twice?", torch.equal(first, again))
 #
 #    1. In float32 an element moves 8 bytes of x and y, and an eighth of one for its mask: at best
 #       64/65 of the copy. Eight neighbours load the same byte, but memory delivers it once. Make
-#       ``bit_dropout`` a line of the benchmark: it should come closer to the copy than the bool mask.
+#       ``bit_dropout`` a line of the benchmark: it should come closer to the copy than the bool
+#       mask.
 #
 #       .. code-block:: python
 #
@@ -352,8 +353,8 @@ print("the same mask twice?", torch.equal(first, again))
 #              return y
 #
 #    2. None but the one you have. Dropout multiplies each element by 0 or by 1 / (1 - p), so the
-#       gradient is multiplied by the same: run the kernel on it, with the mask kept from the forward
-#       pass.
+#       gradient is multiplied by the same: run the kernel on it, with the mask kept from the
+#       forward pass.
 #
 #       .. code-block:: python
 #
