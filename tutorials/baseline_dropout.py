@@ -318,6 +318,61 @@ print("the same mask twice?", torch.equal(first, again))
 #    reach then, and what does it reach?
 # 2. Write the backward pass. Which kernel do you need for it?
 #
+# .. note::
+#    Try it first.
+#
+#    1. In float32 an element moves 8 bytes of x and y, and an eighth of one for its mask: at best
+#       64/65 of the copy. Eight neighbours load the same byte, but memory delivers it once. Make
+#       ``bit_dropout`` a line of the benchmark: it should come closer to the copy than the bool
+#       mask.
+#
+#       .. code-block:: python
+#
+#          def pack(x_keep):
+#              """A bit for each element of a mask, in uint8; the first is the lowest."""
+#              keep = torch.nn.functional.pad(x_keep.flatten() != 0, (0, -x_keep.numel() % 8))
+#              bits = 2 ** torch.arange(8, device=keep.device)
+#              return (keep.view(-1, 8) * bits).sum(1).to(torch.uint8)
+#
+#
+#          @triton.jit
+#          def bit_dropout_kernel(y_ptr, x_ptr, bits_ptr, n_elements, scale, BLOCK: tl.constexpr):
+#              offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+#              inside = offsets < n_elements
+#              x = tl.load(x_ptr + offsets, mask=inside)
+#              byte = tl.load(bits_ptr + offsets // 8, mask=inside).to(tl.int32)
+#              keep = (byte >> (offsets % 8).to(tl.int32)) & 1
+#              tl.store(y_ptr + offsets, tl.where(keep != 0, x * scale, 0.0), mask=inside)
+#
+#
+#          def bit_dropout(x, bits, p):
+#              """As dropout, for a contiguous float32 tensor and p < 1."""
+#              y = torch.empty_like(x)
+#              grid = (triton.cdiv(x.numel(), 1024),)
+#              bit_dropout_kernel[grid](y, x, bits, x.numel(), 1 / (1 - p), 1024)
+#              return y
+#
+#    2. None but the one you have. Dropout multiplies each element by 0 or by 1 / (1 - p), so the
+#       gradient is multiplied by the same: run the kernel on it, with the mask kept from the
+#       forward pass.
+#
+#       .. code-block:: python
+#
+#          class MaskedDropout(torch.autograd.Function):
+#              @staticmethod
+#              def forward(ctx, x, x_keep, p):
+#                  ctx.save_for_backward(x_keep)
+#                  ctx.p = p
+#                  return dropout(x, x_keep, p)
+#
+#              @staticmethod
+#              def backward(ctx, gradient):
+#                  (x_keep,) = ctx.saved_tensors
+#                  return dropout(gradient, x_keep, ctx.p), None, None
+#
+#
+#          y = MaskedDropout.apply(x.requires_grad_(), x_keep, 0.1)
+#
 # References
 # ----------
 #

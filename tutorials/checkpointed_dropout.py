@@ -187,10 +187,10 @@ except AssertionError as error:
 # Dropout with a seed
 # -------------------
 #
-# :ref:`seeded dropout` makes the mask a function of a seed: no generator, no state, nothing to save.
-# Here are its kernel and its operator again. One thing is new. The seed comes in a tensor of one
-# integer, on the CPU: ``torch.compile`` compiles again for every new Python number that it meets, but
-# not for what is in a tensor.
+# :ref:`seeded dropout` makes the mask a function of a seed: no generator, no state, nothing to
+# save. Here are its kernel and its operator again. One thing is new. The seed comes in a tensor of
+# one integer, on the CPU: ``torch.compile`` compiles again for every new Python number that it
+# meets, but not for what is in a tensor.
 
 
 @triton.jit
@@ -364,9 +364,9 @@ if not INTERPRET:
 # --------
 #
 # So the seed must be known before the function runs. What identifies a mask is which run of the
-# training draws it, on which worker, in which layer, at which step. Give each of these some of the seed's
-# 64 bits, and no two masks share a seed. The element's index is the counter, so that even within
-# a mask no two elements share a random word.
+# training draws it, on which worker, in which layer, at which step. Give each of these some of the
+# seed's 64 bits, and no two masks share a seed. The element's index is the counter, so that even
+# within a mask no two elements share a random word.
 #
 # .. image:: /_static/seed_budget.svg
 #    :alt: The 64 bits of a seed: 8 for the run, 12 for the worker, 12 for the layer, 32 for the step. Below it the counter, the index of the element divided by four.
@@ -579,7 +579,8 @@ print("resumed after 3 of 6 steps: the losses are the same, bit for bit")
 # -------------------------------
 #
 # Two figures for a growing stack of blocks, 16384 tokens of width 1024 in bfloat16: the most memory
-# that a training step holds beyond parameters and input, by the allocator's own count, and its time.
+# that a training step holds beyond parameters and input, by the allocator's own count, and its
+# time.
 
 
 def training_step(n_blocks, implementation):
@@ -642,8 +643,8 @@ elif __name__ == "__main__":
         print()
 
 # %%
-# What ``preserve_rng_state`` itself costs shows around small functions. It is time of the CPU, for each
-# checkpointed call, forward and backward together.
+# What ``preserve_rng_state`` itself costs shows around small functions. It is time of the CPU, for
+# each checkpointed call, forward and backward together.
 
 if __name__ == "__main__" and not INTERPRET:
     x = torch.randn(1024, device=DEVICE, requires_grad=True)
@@ -670,18 +671,60 @@ if __name__ == "__main__" and not INTERPRET:
     print(tabulate(rows, ["microseconds", "state preserved", "not"], floatfmt=".0f"))
 
 # %%
-# Compare F.dropout with its state preserved, which it needs, and the seeded one without. An operator
-# that is written in Python takes the CPU longer to launch, which can use up what it saves. As long as
-# the CPU stays ahead of the GPU, neither shows.
+# Compare F.dropout with its state preserved, which it needs, and the seeded one without. An
+# operator that is written in Python takes the CPU longer to launch, which can use up what it saves.
+# As long as the CPU stays ahead of the GPU, neither shows.
 #
 # Exercises
 # ---------
 #
-# 1. Which lines of the table change if you draw the seed with ``torch.randint`` *before* the call of
-#    ``checkpoint``, and pass it in?
+# 1. Which lines of the table change if you draw the seed with ``torch.randint`` *before* the call
+#    of ``checkpoint``, and pass it in?
 # 2. Attention drops elements of a matrix that a fused kernel never writes to memory. From which
-#    numbers would you compute the offset of one of them, so that the backward kernel finds it again?
+#    numbers would you compute the offset of one of them, so that the backward kernel finds it
+#    again?
 # 3. Run ``check_replay`` on a block of your own model.
+#
+# .. note::
+#    Try it first.
+#
+#    1. One: the seed that was drawn inside is now a seed passed in, and replays in all four
+#       columns. The others draw inside as before.
+#
+#       .. code-block:: python
+#
+#          def drawn_before(x, w):
+#              seed = torch.randint(2**62, ())
+#              return checkpoint(
+#                  lambda x, w, seed: seeded_dropout4x(x, 0.5, seed) * w,
+#                  x,
+#                  w,
+#                  seed,
+#                  use_reentrant=False,
+#                  preserve_rng_state=False,
+#              )
+#
+#    2. From the batch's and the head's number, the query's and the key's, and the numbers of heads,
+#       queries and keys: the place that the element would have if the matrix were written. None of
+#       them depends on the tiles, which the backward kernel may cut in another way. Compute it in
+#       64 bits. Layer and step are in the seed.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def keep_tile(seed, p, batch, head, queries, keys, n_heads, n_queries, n_keys):
+#              matrix = tl.cast(batch, tl.int64) * n_heads + head
+#              rows = matrix * n_queries + queries[:, None]
+#              return tl.rand(seed, rows * n_keys + keys[None, :]) >= p
+#
+#    3. Leave the block in training mode, and pass the options that your training passes. This one
+#       replays; with ``preserve_rng_state=False`` it does not, because it draws from torch's
+#       generator.
+#
+#       .. code-block:: python
+#
+#          block = torch.nn.TransformerEncoderLayer(64, 4, 128, dropout=0.1).to(DEVICE)
+#          check_replay(block, torch.randn(10, 2, 64, device=DEVICE))
 #
 # References
 # ----------

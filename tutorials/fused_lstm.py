@@ -4,14 +4,16 @@
 A fused LSTM with recurrent dropout
 ===================================
 
-A mask on the state belongs inside the time loop, and cuDNN's LSTM, fast as it is, lets nobody in. So
-recurrent dropout sends Keras, and everybody else, back to a loop of small operators, several times
-slower. In this lesson you write the loop's inside as one kernel, put the mask into it, and give the
-whole sequence to the GPU at once. Then the figures ask cuDNN to keep up, without dropout.
+A mask on the state belongs inside the time loop, and the LSTM of cuDNN, NVIDIA's library behind
+``torch.nn.LSTM``, is fast, but lets nobody in. So recurrent dropout sends Keras, and everybody
+else, back to a loop of small operators, several times slower. In this lesson you write the loop's
+inside as one kernel, put the mask into it, and give the whole sequence to the GPU at once. Then the
+figures ask cuDNN to keep up, without dropout.
 
 You will learn
 
-- how Keras's ``dropout`` and ``recurrent_dropout`` are defined, and what ``implementation`` changes;
+- how Keras's ``dropout`` and ``recurrent_dropout`` are defined, and what ``implementation``
+  changes;
 - how to fuse a step of a recurrent network, forward and backward, around a matrix product;
 - how CUDA graphs take the CPU out of a loop, and why every replay still draws new masks.
 
@@ -107,8 +109,8 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # .. image:: /_static/fused_lstm.svg
 #    :alt: A chain of steps. In each, a matrix product with U, then one kernel with gates, cell and mask, whose masked output enters the product of the next step.
 #
-# That is two launches a step, where the plain loop has a dozen, and as many in the backward pass. The
-# product is PyTorch's. The other launch is ours.
+# That is two launches a step, where the plain loop has a dozen, and as many in the backward pass.
+# The product is PyTorch's. The other launch is ours.
 #
 # One kernel for a step
 # ---------------------
@@ -124,6 +126,10 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # which takes arithmetic, and no memory.
 #
 # Sequences may differ in length: from a sequence's end on, everything that is read counts as 0.
+#
+# Two words are new. ``tl.static_range`` is a loop that the compiler writes out, so that it knows k.
+# And for an integer argument that is 1 or a multiple of 16 Triton compiles a kernel of its own,
+# which ``do_not_specialize`` forbids for the step: one kernel serves all.
 
 
 @triton.jit
@@ -724,12 +730,12 @@ if not INTERPRET:
 #
 # The size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, and more or fewer units than its
 # 1150. Forward and backward together. There are this module, recorded, with either implementation;
-# cuDNN's LSTM, which can't drop anything of its state; the plain loop with one mask; and as the limit
-# the matrix products alone, recorded, with nothing in between.
+# cuDNN's LSTM, which can't drop anything of its state; the plain loop with one mask; and as the
+# limit the matrix products alone, recorded, with nothing in between.
 #
 # In float32 mind the precision. cuDNN's LSTM rounds the inputs of its products to TF32 unless told
-# otherwise, and PyTorch's products do not unless told to. In the figure all use TF32; the table has
-# both.
+# otherwise, and PyTorch's products do not unless told to. (TF32 drops 13 of the 23 fraction bits of
+# a float32, so that tensor cores take it.) In the figure all use TF32; the table has both.
 
 
 class Loop(LSTM):
@@ -850,13 +856,13 @@ elif __name__ == "__main__":
     print(tabulate(zip(columns, *rows, strict=True), "firstrow", floatfmt=".2f"))
 
 # %%
-# Compare the solid orange line with the solid blue one: the fused loop *with* recurrent dropout, and
-# cuDNN's LSTM without. Then with the dashed grey one: what the kernels between the products cost, and
-# what implementation 1 pays for four products in the place of one.
+# Compare the solid orange line with the solid blue one: the fused loop *with* recurrent dropout,
+# and cuDNN's LSTM without. Then with the dashed grey one: what the kernels between the products
+# cost, and what implementation 1 pays for four products in the place of one.
 #
-# The dotted line is the same work, launched from Python step by step. Its distance to the solid line
-# is time in which the GPU waits for the CPU. The dashed pink line is the plain loop, recorded: a
-# graph takes the CPU out of it, but every small operator still reads and writes its tensors.
+# The dotted line is the same work, launched from Python step by step. Its distance to the solid
+# line is time in which the GPU waits for the CPU. The dashed pink line is the plain loop, recorded:
+# a graph takes the CPU out of it, but every small operator still reads and writes its tensors.
 #
 # Nothing is kept for the masks
 # -----------------------------
@@ -892,11 +898,81 @@ if __name__ == "__main__" and not INTERPRET:
 # 1. Remove the line that adds units until they are a multiple of 8, and measure 1150 units again.
 # 2. Draw the recurrent mask anew at each step. Which number has to enter the counter, and which
 #    other kernel must draw it likewise?
-# 3. Give the module Semeniuta's dropout, which multiplies g alone. Two lines of either kernel
-#    change.
+# 3. Give the module Semeniuta's dropout, which multiplies g alone, anew at each step. A few lines
+#    of either kernel change.
 # 4. Let one launch run all steps: programs that stay on the GPU, each with its columns of U on the
 #    chip, and a barrier after each step. What must a program read from the others at each step,
 #    and what would it save?
+#
+# .. note::
+#    Try it first.
+#
+#    1. The results stay the same. But 1150 numbers of 2 or of 4 bytes are no multiple of 16 bytes,
+#       so rows begin anywhere, and the products have to load them in smaller pieces. Expect the
+#       products to take longer, and the kernel of the step as long as before.
+#
+#       .. code-block:: diff
+#
+#          -        H, extra = self.hidden_size, -self.hidden_size % 8
+#          +        H, extra = self.hidden_size, 0
+#
+#    2. The number of the step that reads the state: step t masks what step t + 1 multiplies. The
+#       backward kernel has to draw the same, and so has the gradient of U, which masks all states
+#       at once: for it, take all steps for one step with T times the sequences.
+#
+#       .. code-block:: diff
+#
+#          @@ in step_kernel and in step_backward_kernel
+#          -    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
+#          +    row = (t + 1) * n_sequences + sequence
+#          +    words = tl.randint4x(tl.load(seed_ptr), (row << 32) | unit)
+#          @@ in lstm_steps_backward
+#          -    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+#          +    states = h[:-1].view(1, 1, -1, n_units).expand(G, -1, -1, -1)
+#          +    masked = gate_dropout(states, p, seed)[:, 0]
+#
+#    3. Where g is used, it is masked, in the forward kernel once, in the backward kernel twice;
+#       where h was masked, it no longer is. With implementation 2, ``recurrent_dropout`` is now
+#       Semeniuta's rate, and the mask is drawn at each step. Outside the loop, the state is dropped
+#       at a rate of 0.
+#
+#       .. code-block:: diff
+#
+#          @@ in step_kernel
+#          -    c = f * c + i * g
+#          +    row = t * n_sequences + sequence
+#          +    word = tl.randint(tl.load(seed_ptr), (row << 32) | unit).to(tl.int64)
+#          +    c = f * c + i * tl.where(word >= threshold, g * tl.cast(scale, c.dtype), 0.0)
+#          @@
+#          -        kept = tl.where(words[k].to(tl.int64) >= threshold, h * scale, 0.0)
+#          +        kept = h
+#          @@ in step_backward_kernel
+#          -        dh += tl.where(words[k].to(tl.int64) >= threshold, d_masked * scale, 0.0)
+#          +        dh += d_masked
+#          @@
+#          -    tl.store(d_gate, dc * g * i * (1 - i), mask=inside)
+#          +    row = t * n_sequences + sequence
+#          +    word = tl.randint(tl.load(seed_ptr), (row << 32) | unit).to(tl.int64)
+#          +    factor = tl.where(word >= threshold, scale, 0.0).to(dc.dtype)
+#          +    tl.store(d_gate, dc * factor * g * i * (1 - i), mask=inside)
+#          @@
+#          -    tl.store(d_gate + 2 * n_units, dc * i * (1 - g * g), mask=inside)
+#          +    tl.store(d_gate + 2 * n_units, dc * factor * i * (1 - g * g), mask=inside)
+#          @@ in lstm_steps
+#          -    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+#          +    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), 0.0, seed)[:, 0]
+#          @@ in lstm_steps_backward
+#          -    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+#          +    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), 0.0, seed).flatten(1, 2)
+#          @@
+#          -    dh0 = gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
+#          +    dh0 = gate_dropout(d_masked[:, None], 0.0, seed).sum(dim=0)[0] + dh[0]
+#
+#    4. The states of all units, batch × H numbers, since every column of the product needs all of
+#       them, and each program computes only its own. They pass through memory or L2, and the
+#       barrier keeps anyone from reading too early. It saves the launches, and the reading of U at
+#       every step, which doesn't change from step to step. For the barrier all programs must be on
+#       the GPU at the same time, and U must fit into their registers and shared memory.
 #
 # References
 # ----------

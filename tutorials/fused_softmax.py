@@ -6,9 +6,12 @@ Fused softmax
 
 A softmax needs very little arithmetic. What it costs is trips to memory, and PyTorch's operators
 make more of them than they must when you write softmax by hand. In this lesson you write one GPU
-kernel that makes a single trip, check it against PyTorch, and measure how close it comes to a
-plain copy of the same bytes, which is as fast as memory goes. Then you let the measurements lead you
-to a softmax that holds that speed from narrow rows to rows of a million columns, forward and backward.
+kernel that makes a single trip, check it against PyTorch, and measure how close it comes to a plain
+copy of the same bytes, which is as fast as memory goes. Then you let the measurements lead you to a
+softmax that holds that speed from narrow rows to rows of a million columns, forward and backward.
+
+The lesson has two halves. The first, through *Is it fast?*, is all that the next lessons ask of you;
+the second, from *Where it loses*, is about what a simple kernel leaves undone, and can wait.
 
 You will learn
 
@@ -109,9 +112,10 @@ def naive_softmax(x):
 # the block of numbers 0, 1, ..., ``BLOCK - 1``. So ``x_ptr + row * x_row_stride + cols`` is a block
 # of addresses, those of one row, and ``tl.load`` fetches what they hold.
 #
-# The size of a block is a power of two. That of a row seldom is, so the row is padded: ``mask`` is true for the columns that exist, and a masked load touches only
-# those. The others receive ``-inf``, which can't be the maximum and whose exponential is 0, so
-# the padding vanishes from the result.
+# The size of a block is a power of two. That of a row seldom is, so the row is padded: ``mask`` is
+# true for the columns that exist, and a masked load touches only those. The others receive
+# ``-inf``, which can't be the maximum and whose exponential is 0, so the padding vanishes from the
+# result.
 
 
 @triton.jit
@@ -146,9 +150,9 @@ def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
 # ---------
 #
 # The launch needs a block, the next power of two at or above the number of columns, and the number
-# of *warps*, the groups of 32 threads among which the program's elements are divided. With few warps,
-# a thread has many elements to hold in its registers; with many, the threads spend more time on
-# combining their results. 64 bytes for each thread is a good start.
+# of *warps*, the groups of 32 threads among which the program's elements are divided. With few
+# warps, a thread has many elements to hold in its registers; with many, the threads spend more time
+# on combining their results. 64 bytes for each thread is a good start.
 #
 # ``softmax_kernel[grid](...)`` launches the kernel. The *grid* is a tuple that says how many
 # programs to start, here one for each row. The arguments follow as in any call.
@@ -197,9 +201,9 @@ print(f"largest error of torch.softmax: {(reference - exact).abs().max():.1e}")
 #
 # ``perf_report`` runs a function over a range of sizes, once for each line of a figure. The four
 # lines take matrices of the same size: this kernel, ``torch.softmax``, the naive version as
-# TorchScript runs it, and a copy. The copy also reads and writes each element once, and computes
-# nothing: it is the limit. The scale counts the bytes that *must* move, :math:`2MN` elements, over
-# the time taken, so a version that moves more shows up lower.
+# TorchScript, PyTorch's older compiler, runs it, and a copy. The copy also reads and writes each
+# element once, and computes nothing: it is the limit. The scale counts the bytes that *must* move,
+# :math:`2MN` elements, over the time taken, so a version that moves more shows up lower.
 
 from tabulate import tabulate
 
@@ -301,18 +305,18 @@ if __name__ == "__main__" and not INTERPRET:
 #
 # - **Narrow rows.** A row of 256 columns in bfloat16 is 512 bytes. A program that loads so little
 #   spends its short life on starting, on combining what its threads found, and on ending.
-# - **5000 columns in bfloat16.** A thread moves 16 bytes at once if the compiler knows that they begin
-#   at a multiple of 16. Triton checks each integer that you pass and compiles a kernel of its own
-#   for multiples of 16. 5000 is none, so every element is loaded alone.
-# - **Wide rows.** A multiprocessor has 256 KiB of registers. A row that does not fit spills over into
-#   memory, and is moved again and again.
+# - **5000 columns in bfloat16.** A thread moves 16 bytes at once if the compiler knows that they
+#   begin at a multiple of 16. Triton checks each integer that you pass and compiles a kernel of its
+#   own for multiples of 16. 5000 is none, so every element is loaded alone.
+# - **Wide rows.** A multiprocessor has 256 KiB of registers. A row that does not fit spills over
+#   into memory, and is moved again and again.
 #
 # Several rows a tile
 # -------------------
 #
 # The first two need small changes. A program may take a *tile* of several rows: ``rows`` becomes a
-# column of numbers and ``cols`` a row, and their sum is a two-dimensional block of addresses, by the
-# same broadcasting as in PyTorch. The reductions run along axis 1.
+# column of numbers and ``cols`` a row, and their sum is a two-dimensional block of addresses, by
+# the same broadcasting as in PyTorch. The reductions run along axis 1.
 #
 # For the second, find the largest power of two, up to 16 bytes, that divides the width and the
 # stride: ``ALIGN`` elements. Pass both divided by it. The kernel multiplies them again,
@@ -353,36 +357,39 @@ def softmax_tile_kernel(
 #
 # A row that no program can hold is cut into *slices*, and each program takes one. Softmax needs the
 # row's maximum and sum, though, and a program knows only its own slice: :math:`m_i`, the largest of
-# its elements, and :math:`s_i`, the sum of their :math:`e^{x - m_i}`. That is enough. A sum that was
-# formed with one maximum is turned into a sum with another by a factor (Milakov and Gimelshein, 2018):
+# its elements, and :math:`s_i`, the sum of their :math:`e^{x - m_i}`. That is enough. A sum that
+# was formed with one maximum is turned into a sum with another by a factor (Milakov and Gimelshein,
+# 2018):
 #
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
-# But a slice can be finished only when all slices of its row have been read. Reading everything once for
-# the sums and once more for the result takes three trips instead of two: at best two thirds of the
-# copy's speed.
+# But a slice can be finished only when all slices of its row have been read. Reading everything
+# once for the sums and once more for the result takes three trips instead of two: at best two
+# thirds of the copy's speed.
 #
-# Unless the second read is not a trip. Between the multiprocessors and the memory lies a cache, *L2*,
-# of some ten megabytes, which keeps what was used last. So read a slice for the second time
-# soon after the first. In the launch below, program t does two things: it reads slice t and writes its
-# two numbers down, and it finishes slice t - ``lag``, which an earlier program has read. By then
-# the row's other slices have been read as well, and this slice is still in the cache.
+# Unless the second read is not a trip. Between the multiprocessors and the memory lies a cache,
+# *L2*, of tens of megabytes, which keeps what was used last. So read a slice for the second time
+# soon after the first. In the launch below, program t does two things: it reads slice t and writes
+# its two numbers down, and it finishes slice t - ``lag``, which an earlier program has read. By
+# then the row's other slices have been read as well, and this slice is still in the cache.
 #
 # .. image:: /_static/softmax_slices.svg
 #    :alt: A strip of slices in the order of reading. Program t reads slice t from memory and finishes slice t minus lag, which is read again, from the cache. The slices in between were read once and are still in the cache.
 #
 # Two questions remain. *What if the numbers that a program needs aren't there yet?* Then it waits.
-# Every word of ``stats`` starts as ``NOT_YET``, all bits set, which as a floating-point number is one
-# of the many NaNs. A program reads its row's numbers again until no word is ``NOT_YET``. So each
-# number is its own flag, and no order of writing has to be enforced. (A result that happens to be that NaN is
-# replaced by another.) ``volatile`` forbids to reuse what an earlier load brought.
+# Every word of ``stats`` starts as ``NOT_YET``, all bits set, which as a floating-point number is
+# one of the many NaNs. A program reads its row's numbers again until no word is ``NOT_YET``. So
+# each number is its own flag, and no order of writing has to be enforced. (A result that happens to
+# be that NaN is replaced by another.) ``bitcast`` reads the same bits as another type, ``volatile``
+# keeps the compiler from reusing what an earlier load brought, and ``relaxed`` says that no other
+# load or store has to wait for this one.
 #
-# *Can they all wait for each other, for ever?* They could if programs waited for programs that cannot
-# start until someone ends. So each takes a *ticket* as it starts: ``atomic_add`` returns the next
-# number, and no two programs get the same. A program waits only for slices with smaller
-# tickets, and those were taken by programs that have started already. Of all programs that are running,
-# the one with the smallest ticket waits for nobody. It ends, then the next can: whatever else
-# runs on the GPU, and in whatever order programs are started, all of them finish.
+# *Can they all wait for each other, for ever?* They could if programs waited for programs that
+# cannot start until someone ends. So each takes a *ticket* as it starts: ``atomic_add`` returns the
+# next number, and no two programs get the same. A program waits only for slices with smaller
+# tickets, and those were taken by programs that have started already. Of all programs that are
+# running, the one with the smallest ticket waits for nobody. It ends, then the next can: whatever
+# else runs on the GPU, and in whatever order programs are started, all of them finish.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -455,22 +462,23 @@ def softmax_slice_kernel(
 
 
 # %%
-# ``eviction_policy`` is a hint to the cache: what is read for the first time should stay, and what is
-# read for the last time, or written, may go.
+# ``eviction_policy`` is a hint to the cache: what is read for the first time should stay, and what
+# is read for the last time, or written, may go.
 #
-# In the interpreter programs run one after the other, and a program that waited for a later one would wait
-# for ever. Here it waits for earlier ones only, and they are done. The same kernel runs in both.
+# In the interpreter programs run one after the other, and a program that waited for a later one
+# would wait for ever. Here it waits for earlier ones only, and they are done. The same kernel runs
+# in both.
 #
 # The backward pass
 # -----------------
 #
-# Training needs the gradient. With :math:`g` for the gradient that comes in, one for each element of
-# :math:`y`, the one that goes out is
+# Training needs the gradient. With :math:`g` for the gradient that comes in, one for each element
+# of :math:`y`, the one that goes out is
 #
 # .. math:: \frac{\partial L}{\partial x_j} = y_j \Bigl(g_j - \sum_k y_k g_k\Bigr)
 #
-# It needs :math:`y`, but not :math:`x`: two reads and one write for each element. The rest you know. There is
-# one number to a row instead of two, the sum.
+# It needs :math:`y`, but not :math:`x`: two reads and one write for each element. The rest you
+# know. There is one number to a row instead of two, the sum.
 
 
 @triton.jit
@@ -522,13 +530,14 @@ def backward_slice_kernel(
 # Which kernel when
 # -----------------
 #
-# A row of up to 64 KiB, in the dtype that is computed with, leaves registers for the computation: it goes
-# into a tile. A wider one is cut. Two sizes remain, and both are found by measuring.
+# A row of up to 64 KiB, in the dtype that is computed with, leaves registers for the computation:
+# it goes into a tile. A wider one is cut. Two sizes remain, and both are found by measuring.
 #
-# - A tile or slice has 4096 elements for each input. Larger ones leave fewer programs that can run at
-#   the same time; smaller ones spend more on starting, waiting and ending.
+# - A tile or slice has 4096 elements for each input. Larger ones leave fewer programs that can run
+#   at the same time; smaller ones spend more on starting, waiting and ending.
 # - ``LAG_BYTES`` are read between the two reads of a slice. Too few, and programs wait for numbers
-#   that are still being computed; too many, and the slice has left the cache. You will see that below.
+#   that are still being computed; too many, and the slice has left the cache. You will see that
+#   below.
 #
 # Where ``ALIGN`` is 1, every element is loaded by itself, and half as many elements are faster.
 
@@ -569,12 +578,13 @@ def launch(tile_kernel, slice_kernel, out, *inputs):
 
 
 # %%
-# The last word of ``stats`` counts the tickets. It starts at -1, too, hence the ``+ 1`` in the kernels.
+# The last word of ``stats`` counts the tickets. It starts at -1, too, hence the ``+ 1`` in the
+# kernels.
 #
 # To make the function differentiable, register both passes as *operators* of PyTorch. ``custom_op``
-# makes a launch opaque, so that ``torch.compile`` doesn't try to look inside; ``register_fake`` says
-# what comes out, without computing it; ``register_autograd`` says how gradients flow. The gradient
-# that arrives may lie in memory in any way, so it is made contiguous first.
+# makes a launch opaque, so that ``torch.compile`` doesn't try to look inside; ``register_fake``
+# says what comes out, without computing it; ``register_autograd`` says how gradients flow. The
+# gradient that arrives may lie in memory in any way, so it is made contiguous first.
 
 
 @torch.library.custom_op("fast_and_right::softmax", mutates_args=())
@@ -685,8 +695,9 @@ def softmax(x):
 # Is all of it right?
 # -------------------
 #
-# Every path wants an awkward shape: a last tile with fewer rows, and a row whose last slice is short.
-# The last dimension is what counts, whatever stands before it and however the tensor lies in memory.
+# Every path wants an awkward shape: a last tile with fewer rows, and a row whose last slice is
+# short. The last dimension is what counts, whatever stands before it and however the tensor lies in
+# memory.
 
 for shape in ((1823, 781), (2, 3, 5, 130), (3, 20_001)):
     x = torch.randn(shape, device=DEVICE)
@@ -702,8 +713,9 @@ print("a row of -inf in torch:", torch.softmax(no_choice, dim=-1).tolist())
 # A row of nothing but ``-inf`` has no maximum to subtract: ``-inf - -inf`` is NaN, here as in
 # PyTorch. Attention masks that hide every key end up there.
 #
-# For the gradient PyTorch has two checks of its own. ``gradcheck`` compares it with finite differences
-# in float64; ``opcheck`` tests what an operator promises to ``torch.compile`` and autograd.
+# For the gradient PyTorch has two checks of its own. ``gradcheck`` compares it with finite
+# differences in float64; ``opcheck`` tests what an operator promises to ``torch.compile`` and
+# autograd.
 
 x = torch.randn(3, 7, device=DEVICE, dtype=torch.float64, requires_grad=True)
 torch.autograd.gradcheck(softmax, x)
@@ -760,8 +772,8 @@ if __name__ == "__main__" and not INTERPRET:
 # How fast is it now?
 # -------------------
 #
-# The whole range, with ``torch.softmax`` and the naive version as ``torch.compile`` fuses it. Odd widths are
-# among them: 50257 is the vocabulary of GPT-2.
+# The whole range, with ``torch.softmax`` and the naive version as ``torch.compile`` fuses it. Odd
+# widths are among them: 50257 is the vocabulary of GPT-2.
 
 WIDTHS = [256, 384, 512, 1000, 1024, 2048, 4096, 5000, 8192, 12160, 16384, 32768, 50257]
 WIDTHS += [65536, 128256, 131072, 262144, 2**20]
@@ -822,11 +834,12 @@ if __name__ == "__main__" and not INTERPRET:
 # where you want to know why.
 #
 # The lowest point is the odd width. There each row begins somewhere else between two multiples
-# of 16 bytes, and every element is loaded by itself. It is not the bytes but the number of
-# instructions that takes the time, twice as long for an element as for a byte in bfloat16. The
-# fourth exercise is about that.
+# of 16 bytes, and every element is loaded by itself. What takes the time then is not the bytes but
+# the instructions, of which bfloat16 needs twice as many for the same bytes. The fourth exercise is
+# about that.
 #
-# The backward pass beside PyTorch's. Its limit is an addition, which also reads two tensors and writes one:
+# The backward pass beside PyTorch's. Its limit is an addition, which also reads two tensors and
+# writes one:
 
 
 @triton.testing.perf_report(
@@ -865,8 +878,8 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # All of this is the GPU's time. The CPU has to launch the kernel, and in a program of many small
-# kernels that counts, too. The last of these is the launch alone, without the checks and without what
-# makes it an operator of PyTorch:
+# kernels that counts, too. The last of these is the launch alone, without the checks and without
+# what makes it an operator of PyTorch:
 
 if __name__ == "__main__" and not INTERPRET:
     x = torch.randn(64, 256, device=DEVICE)
@@ -888,8 +901,119 @@ if __name__ == "__main__" and not INTERPRET:
 # 2. Give each thread 16 bytes, and 256, and predict both figures before you look.
 # 3. Let a program take ``tl.program_id(0)`` for its ticket, and time it. What have you gained, and
 #    which sentence above is no longer true?
-# 4. Make odd widths fast. In ``softmax_slice_kernel`` let the slices begin at multiples of 16 bytes in memory
-#    instead of at the row's first element, so that only the two ends of a row need special care.
+# 4. Make odd widths fast. In ``softmax_slice_kernel`` let the slices begin at multiples of 16 bytes
+#    in memory instead of at the row's first element, so that only the two ends of a row need
+#    special care.
+#
+# .. note::
+#    Try it first.
+#
+#    1. The maximum and the sum, which all kernels have: the logarithm of y is x - m - log(s).
+#       Taking the logarithm of the finished softmax would not do: at -1e4 it is 0, whose logarithm
+#       is -inf. The other kernels change in the same way.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def log_softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
+#              row = tl.program_id(0).to(tl.int64)
+#              cols = tl.arange(0, BLOCK)
+#              mask = cols < n_cols
+#              x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=-float("inf"))
+#              x = to_arithmetic(x)
+#              x -= tl.max(x, axis=0)
+#              y = x - tl.log(tl.sum(tl.exp(x), axis=0))
+#              tl.store(y_ptr + row * n_cols + cols, y, mask=mask)
+#
+#
+#          def log_softmax(x):
+#              y = torch.empty_like(x)
+#              BLOCK = triton.next_power_of_2(x.shape[1])
+#              log_softmax_kernel[(len(x),)](y, x, x.stride(0), x.shape[1], BLOCK)
+#              return y
+#
+#
+#          x = torch.randn(5, 781, device=DEVICE)
+#          x[:, 0], x[1:, 1] = -1e4, 1e4
+#          torch.testing.assert_close(log_softmax(x), torch.log_softmax(x, dim=-1))
+#
+#    2. With 16 bytes a program has four times the warps, but never more than 32: in the first
+#       figure its widest rows had 32 before, and stay as they are. The others spend more on
+#       combining. With 256 bytes a warp is the least, so the narrowest rows stay as they are;
+#       elsewhere fewer threads each hold more in registers, and have fewer loads under way at a
+#       time. Expect neither to come closer to the copy, and look where they fall behind.
+#    3. You gain an atomic operation a program, which is next to nothing beside reading a slice.
+#       What you lose is the promise: "those were taken by programs that have started already". GPUs
+#       do start programs in the order of their numbers, as far as anyone has seen, but nobody
+#       promises it. If the last were started first and filled the GPU, all of them would wait for
+#       ever.
+#
+#       .. code-block:: diff
+#
+#          -    t = tl.atomic_add(stats_ptr + 2 * n_slices, 1, sem="relaxed").to(tl.int32) + 1
+#          +    t = tl.program_id(0)
+#
+#    4. Let a row's first slice begin up to 15 bytes before the row, at the last multiple of 16 in
+#       memory. ``multiple_of`` tells the compiler so. A mask that ends anywhere would still force
+#       it to load elements singly, so slices that lie within the row do without one. Output and
+#       input have to begin equally far behind a multiple of 16, or else the input is copied first.
+#       The backward kernel loads with the same function, so it has to store with the same, too.
+#
+#       .. code-block:: diff
+#
+#          @@ in load_slice
+#          -    cols = t % SLICES * BLOCK + tl.arange(0, BLOCK)
+#          -    ptrs = ptr + (t // SLICES).to(tl.int64) * row_stride + cols
+#          -    mask = (cols < n_cols) & exists
+#          -    return to_arithmetic(tl.load(ptrs, mask=mask, other=OTHER, eviction_policy=POLICY))
+#          +    ptrs, first = aligned(ptr, t, row_stride, SLICES, BLOCK)
+#          +    if exists & (first >= 0) & (first + BLOCK <= n_cols):
+#          +        x = tl.load(ptrs, eviction_policy=POLICY)
+#          +    else:
+#          +        cols = first + tl.arange(0, BLOCK)
+#          +        mask = (cols >= 0) & (cols < n_cols) & exists
+#          +        x = tl.load(ptrs, mask=mask, other=OTHER, eviction_policy=POLICY)
+#          +    return to_arithmetic(x)
+#          +
+#          +
+#          +@triton.jit
+#          +def aligned(ptr, t, row_stride, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+#          +    """Addresses of slice t, and the column where it begins: below 0 if before its row."""
+#          +    GROUP: tl.constexpr = 128 // ptr.dtype.element_ty.primitive_bitwidth
+#          +    start = (t // SLICES).to(tl.int64) * row_stride
+#          +    before = start % GROUP
+#          +    first = t % SLICES * BLOCK
+#          +    ptrs = ptr + tl.multiple_of(start - before, GROUP) + first + tl.arange(0, BLOCK)
+#          +    return ptrs, first - before.to(tl.int32)
+#          +
+#          +
+#          +@triton.jit
+#          +def store_slice(ptr, t, y, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+#          +    ptrs, first = aligned(ptr, t, n_cols, SLICES, BLOCK)
+#          +    if (first >= 0) & (first + BLOCK <= n_cols):
+#          +        tl.store(ptrs, y, eviction_policy="evict_first")
+#          +    else:
+#          +        cols = first + tl.arange(0, BLOCK)
+#          +        mask = (cols >= 0) & (cols < n_cols)
+#          +        tl.store(ptrs, y, mask=mask, eviction_policy="evict_first")
+#          @@ in softmax_slice_kernel
+#          -        cols = u % SLICES * BLOCK + tl.arange(0, BLOCK)
+#          -        y_ptrs = y_ptr + (u // SLICES).to(tl.int64) * n_cols + cols
+#          -        tl.store(y_ptrs, y, mask=cols < n_cols, eviction_policy="evict_first")
+#          +        store_slice(y_ptr, u, y, n_cols, SLICES, BLOCK)
+#          @@ in backward_slice_kernel
+#          -        cols = u % SLICES * BLOCK + tl.arange(0, BLOCK)
+#          -        dx_ptrs = dx_ptr + (u // SLICES).to(tl.int64) * n_cols + cols
+#          -        tl.store(
+#          -            dx_ptrs, y * (dy - dot), mask=cols < n_cols, eviction_policy="evict_first"
+#          -        )
+#          +        store_slice(dx_ptr, u, y * (dy - dot), n_cols, SLICES, BLOCK)
+#          @@ in launch
+#          -    SLICES = triton.cdiv(n_cols, BLOCK)
+#          +    SLICES = triton.cdiv(n_cols + 16 // itemsize - 1, BLOCK)
+#          @@ in softmax_op
+#          -        if rows.stride(1) != 1:
+#          +        if rows.stride(1) != 1 or (rows.stride(0) - n_cols) % (16 // x.element_size()):
 #
 # References
 # ----------

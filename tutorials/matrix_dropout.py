@@ -68,10 +68,10 @@ print(MACHINE)
 # ----------------
 #
 # Memory has no rows and columns, it is one long line of elements. A tensor says how to walk along
-# it: ``x.stride()`` holds, for each dimension, how many elements to move on for the next index. Element
-# (r, c) lies at r · stride(0) + c · stride(1), counted from the first. Transposing moves no element,
-# it swaps the two strides. Every second column of ``x`` is the same memory with the second stride
-# doubled; one row repeated has a stride of 0.
+# it: ``x.stride()`` holds, for each dimension, how many elements to move on for the next index.
+# Element (r, c) lies at r · stride(0) + c · stride(1), counted from the first. Transposing moves no
+# element, it swaps the two strides. Every second column of ``x`` is the same memory with the second
+# stride doubled; one row repeated has a stride of 0.
 #
 # .. image:: /_static/strides.svg
 #    :alt: One line of twelve elements in memory, read in four ways: as three rows of four with strides 4 and 1, transposed with strides 1 and 4, every second column with strides 4 and 2, and the first row repeated with strides 0 and 1.
@@ -91,13 +91,13 @@ for name, view in [
 # ----------
 #
 # A program works on a *tile* of ``ROWS`` times ``COLS`` elements. ``rows[:, None]`` stands the row
-# numbers in a column and ``cols[None, :]`` lays the column numbers in a row; where the two meet in an
-# operation, they widen to a tile, as in NumPy. A matrix of 8 columns takes a tile of many rows, one
-# of 65536 columns many tiles for each row. The tiles are numbered along the rows of tiles, so the grid has
-# one axis, which may hold 2^31 - 1 programs; a second axis would stop at 65535.
+# numbers in a column and ``cols[None, :]`` lays the column numbers in a row; where the two meet in
+# an operation, they widen to a tile, as in NumPy. A matrix of 8 columns takes a tile of many rows,
+# one of 65536 columns many tiles for each row. The tiles are numbered along the rows of tiles, so
+# the grid has one axis, which may hold 2^31 - 1 programs; a second axis would stop at 65535.
 #
-# Each program loads the seeds of its rows. Philox takes a block of seeds as it takes one, and the four
-# words are woven together along the columns as in :ref:`seeded dropout`.
+# Each program loads the seeds of its rows. Philox takes a block of seeds as it takes one, and the
+# four words are woven together along the columns as in :ref:`seeded dropout`.
 
 
 @triton.jit
@@ -145,12 +145,12 @@ def matrix_dropout_kernel(
 # step, and when neighbouring threads ask for neighbouring elements, a few pieces serve them all. So
 # a tile should be long in the direction in which elements are neighbours in memory.
 #
-# For a contiguous matrix that is the row, for input and output alike: the tile is as wide as the row, up to 2048, and
-# takes more rows if the row is shorter. A transposed matrix is read along its columns, while the
-# result is written along its rows. The tile of 128 by 32 is long enough for both: each column of
-# it is 128 neighbours in the input, each row 32 neighbours in the output, and the threads trade
-# elements in between. Triton arranges that. The draws don't mind any shape, as long as ``COLS`` is
-# a multiple of 4.
+# For a contiguous matrix that is the row, for input and output alike: the tile is as wide as the
+# row, up to 2048, and takes more rows if the row is shorter. A transposed matrix is read along its
+# columns, while the result is written along its rows. The tile of 128 by 32 is long enough for
+# both: each column of it is 128 neighbours in the input, each row 32 neighbours in the output, and
+# the threads trade elements in between. Triton arranges that. The draws don't mind any shape, as
+# long as ``COLS`` is a multiple of 4.
 
 
 def tile_shape(x):
@@ -184,9 +184,9 @@ def launch(y, x, p, seeds, ROWS, COLS):
 # ------------
 #
 # As before, an operator tells PyTorch how gradients flow. For given seeds dropout is linear, so the
-# backward pass is the same kernel on the incoming gradient, and all that is kept for it are the seeds,
-# 8 bytes a row. ``save_for_backward`` keeps them, and raises an error if someone changes them in
-# place before the backward pass.
+# backward pass is the same kernel on the incoming gradient, and all that is kept for it are the
+# seeds, 8 bytes a row. ``save_for_backward`` keeps them, and raises an error if someone changes
+# them in place before the backward pass.
 
 
 @torch.library.custom_op("fast_and_right::matrix_dropout", mutates_args=())
@@ -357,15 +357,16 @@ assert torch.equal(compiled(x, p, seeds), y)
 print("any layout, checkpointed, compiled: the same result, and the same gradient")
 
 # %%
-# The tests of this site go further: they compare rows with ``seeded_dropout4x``, and masks, decision by decision,
-# with another implementation of Philox.
+# The tests of this site go further: they compare rows with ``seeded_dropout4x``, and masks,
+# decision by decision, with another implementation of Philox.
 #
 # Is it fast?
 # -----------
 #
-# Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. At 8 columns of bfloat16 the seed
-# is a quarter of what a row brings along, at 64 columns a thirtieth. From there on the limit is a
-# copy. The figure shows GB/s of ``x`` and ``y`` alone, so what the seeds cost shows on the left.
+# Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. At 8 columns of bfloat16
+# the seed adds a quarter to the bytes of its row, at 64 columns a thirtieth. From there on the
+# limit is a copy. The figure shows GB/s of ``x`` and ``y`` alone, so what the seeds cost shows on
+# the left.
 
 
 def picoseconds(run, n):
@@ -479,11 +480,12 @@ if __name__ == "__main__" and not INTERPRET:
 # 1. Give each *column* a seed of its own, ``column_dropout(x, p, seeds)``. No new kernel is needed.
 #    ``check_column_dropout(column_dropout)`` checks it.
 # 2. Drop whole rows, as stochastic depth does: row r is kept when word 0 of the counter 0 under
-#    ``seeds[r]`` is at least p · 2³², and scaled by 1 / (1 - p). Write the kernel ``row_dropout(x, p, seeds)``; one word is
-#    enough for a row. ``check_row_dropout(row_dropout)`` checks it.
+#    ``seeds[r]`` is at least p · 2³², and scaled by 1 / (1 - p). Write the kernel
+#    ``row_dropout(x, p, seeds)``; one word is enough for a row. ``check_row_dropout(row_dropout)``
+#    checks it.
 # 3. A batch of sequences has three dimensions and three strides. Which changes does the kernel
-#    need, with one seed for each sequence? What does ``x.flatten(1)`` cost instead, and for which layouts does it cost
-#    nothing?
+#    need, with one seed for each sequence? What does ``x.flatten(1)`` cost instead, and for which
+#    layouts does it cost nothing?
 
 
 def check(answer, expected, n_rows, n_cols, n_seeds):
@@ -515,6 +517,71 @@ def check_row_dropout(answer):
 
 
 # %%
+# .. note::
+#    Try it first.
+#
+#    1. The columns of ``x`` are the rows of its transpose, and the kernel takes any strides.
+#
+#       .. code-block:: python
+#
+#          def column_dropout(x, p, seeds):
+#              return matrix_dropout(x.T, p, seeds).T
+#
+#
+#          check_column_dropout(column_dropout)
+#
+#    2. Each program draws its row's word, and a row that is dropped need not even be read. At p = 1
+#       the threshold is 2³², which no word reaches, so the comparison is in 64 bits.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def row_dropout_kernel(
+#              y_ptr, x_ptr, seeds_ptr, n_cols, row_stride, col_stride, threshold, scale,
+#              BLOCK: tl.constexpr,
+#          ):
+#              row = tl.program_id(0).to(tl.int64)
+#              cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+#              word = tl.randint(tl.load(seeds_ptr + row), row * 0).to(tl.int64)
+#              inside = cols < n_cols
+#              kept = inside & (word >= threshold)
+#              x = tl.load(x_ptr + row * row_stride + cols * col_stride, mask=kept, other=0.0)
+#              tl.store(y_ptr + row * n_cols + cols, x * scale, mask=inside)
+#
+#
+#          def row_dropout(x, p, seeds):
+#              y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+#              scale = 1 / (1 - p) if p < 1 else 0.0
+#              row_dropout_kernel[len(x), triton.cdiv(x.shape[1], 1024)](
+#                  y, x, seeds, x.shape[1], *x.stride(), round(p * 2**32), scale, 1024
+#              )
+#              return y
+#
+#
+#          check_row_dropout(row_dropout)
+#
+#    3. A row is now a sequence, and a column stands for a step and a feature: the address needs
+#       both, with a stride for each. Decisions and result stay as they are.
+#
+#       .. code-block:: diff
+#
+#          @@ in matrix_dropout_kernel
+#               x_row_stride,
+#          +    x_step_stride,
+#               x_col_stride,
+#          +    n_features,
+#               threshold,
+#               scale: tl.float64,
+#          @@
+#          -    x_tile = x_ptr + rows[:, None] * x_row_stride + cols[None, :] * x_col_stride
+#          +    places = cols // n_features * x_step_stride + cols % n_features * x_col_stride
+#          +    x_tile = x_ptr + rows[:, None] * x_row_stride + places[None, :]
+#
+#       ``x.flatten(1)`` costs nothing where the stride of the steps is that of the features times
+#       their number, as in a contiguous tensor, or in some of its sequences. Else it is a copy, which
+#       reads and writes everything once more. A batch that lies in memory with time first is of that
+#       kind.
+#
 # References
 # ----------
 #

@@ -5,10 +5,10 @@ Dropout in recurrent networks
 =============================
 
 Ask three libraries for dropout in an LSTM and you get three different things, sometimes under one
-name. What differs is the mask: its shape, what it multiplies, and when a new one is drawn. This lesson
-puts the forms side by side, in one table and one figure, and builds the modules of the AWD-LSTM
-language model, ``LockedDropout``, ``WeightDrop`` and ``EmbeddingDropout``, on a single kernel
-that draws every mask from a seed and stores none.
+name. What differs is the mask: its shape, what it multiplies, and when a new one is drawn. This
+lesson puts the forms side by side, in one table and one figure, and builds the modules of the
+AWD-LSTM language model, ``LockedDropout``, ``WeightDrop`` and ``EmbeddingDropout``, on a single
+kernel that draws every mask from a seed and stores none.
 
 You will learn
 
@@ -70,7 +70,8 @@ print(MACHINE)
 #
 # A mask whose decisions are shared has fewer of them than the tensor that it multiplies. Its shape
 # tells: T steps, B sequences of a batch, G = 4 gates, H hidden units or as many inputs, V words of
-# a vocabulary, and 1 where all of them share. So a form is a line of a table:
+# a vocabulary, and 1 where all of them share. So a form is a line of a table. The first line is
+# plain dropout, with a decision for every element of every step:
 
 import matplotlib.pyplot as plt
 from tabulate import tabulate
@@ -108,16 +109,17 @@ print(tabulate(rows, headers))
 #   Where the weights of the gates are drawn apart, *untied*, each gate has its own mask.
 # - **Keras** has both under the name ``implementation``. Today's Keras switches to 1 as soon as
 #   ``recurrent_dropout`` is above 0, whatever you ask for, so that 0 and 2 concern the input alone.
-# - **LockedDropout** acts on what goes into and comes out of a layer, so an optimized LSTM such as
-#   cuDNN's can stay whole. Nothing within the recurrence is dropped.
+# - **LockedDropout** acts on what goes into and comes out of a layer, so an optimized LSTM can stay
+#   whole, such as that of cuDNN, NVIDIA's library behind ``torch.nn.LSTM``. Nothing within the
+#   recurrence is dropped.
 # - **WeightDrop** reaches into the recurrence without touching the loop: the weights are masked
 #   once, before the loop starts. All sequences of the batch share the mask, which is the price.
 # - **Semeniuta** drops only what is added to the memory, and **zoneout** replaces a new value by
 #   the old one instead of by zero, so neither erases the memory at a rate of p at each step, as a
 #   naive mask on the state would.
-# - "At test" says that training multiplies by 0 or 1, and testing by the mean, 1 - p. (Zoneout mixes
-#   old and new in that proportion.) Dividing by 1 - p in training instead leaves testing alone, and
-#   is what code does today.
+# - "At test" says that training multiplies by 0 or 1, and testing by the mean, 1 - p. (Zoneout
+#   mixes old and new in that proportion.) Dividing by 1 - p in training instead leaves testing
+#   alone, and is what code does today.
 #
 # One kernel for all shapes
 # -------------------------
@@ -577,8 +579,8 @@ print(f"EmbeddingDropout: words {mask[:, 0].argwhere()[:, 0].tolist()} are kept"
 #
 # ``WeightDrop`` leaves cuDNN's LSTM whole, and what it adds, once a call, is a pass over U and one
 # over all weights to lay them side by side, forward and backward. Against 70 steps of matrix
-# products that should be little. Here are LSTMs of the AWD-LSTM paper's kind, 70 steps, batch 80, 400
-# inputs, up to its 1150 units and beyond, forward and backward.
+# products that should be little. Here are LSTMs of the AWD-LSTM paper's kind, 70 steps, batch 80,
+# 400 inputs, up to its 1150 units and beyond, forward and backward.
 
 import warnings
 
@@ -714,9 +716,10 @@ print(
 )
 
 # %%
-# The loop is the usual one: the text as some streams side by side, cut into pieces, the state carried
-# over from piece to piece, Adam, and gradients clipped. On a CPU the sizes shrink so that it takes
-# seconds, and the perplexities mean nothing.
+# The loop is the usual one: the text as some streams side by side, cut into pieces, the state
+# carried over from piece to piece, Adam, and gradients clipped. The perplexity is the exponential
+# of the mean loss of a word: among how many words the model hesitates, as it were. On a CPU the
+# sizes shrink so that it takes seconds, and the perplexities mean nothing.
 
 VARIANTS = {
     "no dropout": {},
@@ -800,12 +803,12 @@ if __name__ == "__main__":
 # held-out loss climbs. Every form of dropout delays that or prevents it, and the lines show by how
 # much, at these rates.
 #
-# And what not? This text has far fewer words than the papers' benchmarks, Penn Treebank with about a
-# million and WikiText-2 with two, so whatever regularizes most looks best. The spread is over seeds
-# alone; the rates were not tuned for each line; and the best epoch is picked on the held-out text
-# itself, which flatters all of them. Forms within each other's spread are not ranked by this. Nor can
-# these perplexities be set beside the published 57.3 (Penn Treebank) and 65.8 (WikiText-2) of
-# AWD-LSTM: another text, another vocabulary, a larger model, much tuning, and averaged SGD.
+# And what not? This text has far fewer words than the papers' benchmarks, Penn Treebank with about
+# a million and WikiText-2 with two, so whatever regularizes most looks best. The spread is over
+# seeds alone; the rates were not tuned for each line; and the best epoch is picked on the held-out
+# text itself, which flatters all of them. Forms within each other's spread are not ranked by this.
+# Nor can these perplexities be set beside the published 57.3 (Penn Treebank) and 65.8 (WikiText-2)
+# of AWD-LSTM: another text, another vocabulary, a larger model, much tuning, and averaged SGD.
 #
 # Exercises
 # ---------
@@ -817,6 +820,79 @@ if __name__ == "__main__":
 # 3. Add zoneout to the plain loop of :ref:`fused lstm`. Why is there nothing to scale?
 # 4. Train with ``variational=True`` in place of the plain ``WeightDrop``, over three seeds. Can
 #    you tell them apart?
+#
+# .. note::
+#    Try it first.
+#
+#    1. The word's number, as in the table: so the mask stays that of ``EmbeddingDropout``, bit for
+#       bit, and a word that occurs twice is dropped twice.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def lookup_kernel(
+#              y_ptr, table_ptr, words_ptr, n_features, threshold, scale, seed_ptr,
+#              BLOCK: tl.constexpr,
+#          ):
+#              place = tl.program_id(0).to(tl.int64)
+#              column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+#              i = tl.load(words_ptr + place)
+#              w0, w1, w2, w3 = tl.randint4x(tl.load(seed_ptr), i // 4)
+#              w = tl.where(i % 4 == 0, w0, tl.where(i % 4 == 1, w1, tl.where(i % 4 == 2, w2, w3)))
+#              inside = column < n_features
+#              kept = inside & (w.to(tl.int64) >= threshold)
+#              x = tl.load(table_ptr + i * n_features + column, mask=kept, other=0.0)
+#              tl.store(y_ptr + place * n_features + column, x * scale, mask=inside)
+#
+#
+#          def lookup(table, words, p, seed):
+#              """What EmbeddingDropout gives, for float32 and p < 1."""
+#              n_features = table.shape[1]
+#              y = table.new_empty(*words.shape, n_features)
+#              lookup_kernel[words.numel(), triton.cdiv(n_features, 256)](
+#                  y, table, words, n_features, round(p * 2**32), 1 / (1 - p), seed, 256
+#              )
+#              return y
+#
+#    2. Steps times sequences are the repeats, features the decisions:
+#
+#       .. code-block:: python
+#
+#          class SharedDropout(LockedDropout):
+#              def forward(self, x):
+#                  if not self.training or self.p == 0:
+#                      return x
+#                  flat = x.reshape(-1, x.shape[2], 1)
+#                  return shared_dropout(flat, self.p, draw_seed(x.device)).view(x.shape)
+#
+#    3. A value is the old one or the new one, and both have the usual size: nothing is zeroed that
+#       the others would have to make up for. At test time the two are mixed, p of the old and 1 - p
+#       of the new.
+#
+#       .. code-block:: python
+#
+#          from torch.nn.functional import linear
+#
+#
+#          def zoneout_loop(x, weight_ih, weight_hh, bias, h, c, p_h, p_c):
+#              outputs = []
+#              for step in linear(x, weight_ih) + bias:
+#                  i, f, g, o = (step + linear(h, weight_hh)).chunk(4, dim=-1)
+#                  new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+#                  new_h = o.sigmoid() * new_c.tanh()
+#                  h = torch.where(torch.rand_like(h) < p_h, h, new_h)
+#                  c = torch.where(torch.rand_like(c) < p_c, c, new_c)
+#                  outputs.append(h)
+#              return torch.stack(outputs), c
+#
+#    4. One argument more. Compare the difference of the two means with the spread of the seeds,
+#       which the table prints behind each. If the ranges overlap, three seeds can't tell, and the
+#       honest answer is no.
+#
+#       .. code-block:: diff
+#
+#          -            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight)
+#          +            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight, True)
 #
 # References
 # ----------

@@ -72,9 +72,9 @@ print(MACHINE)
 # The kernel
 # ----------
 #
-# Compare this with the kernel of :ref:`baseline dropout`: the load of the mask has become a call
-# of ``tl.rand``. The index of an element is its place in the tensor, so the mask depends on p,
-# the seed and the place alone: not on ``BLOCK``, not on the GPU, not on how many programs there are.
+# Compare this with the kernel of :ref:`baseline dropout`: the load of the mask has become a call of
+# ``tl.rand``. The index of an element is its place in the tensor, so the mask depends on p, the
+# seed and the place alone: not on ``BLOCK``, not on the GPU, not on how many programs there are.
 
 
 @triton.jit
@@ -190,9 +190,9 @@ headers = ["input", "seed 123", "seed 123", "seed 512"]
 print(tabulate(torch.stack(columns, dim=1).tolist(), headers, floatfmt=".4f"))
 
 # %%
-# Seed 123 drops the same elements both times; seed 512 drops a different set. Nothing was stored in between
-# but the integer 123, and, with p, that is all that a backward pass needs: it runs the same kernel
-# with the same seed on the incoming gradient.
+# Seed 123 drops the same elements both times; seed 512 drops a different set. Nothing was stored in
+# between but the integer 123, and, with p, that is all that a backward pass needs: it runs the same
+# kernel with the same seed on the incoming gradient.
 #
 # Two masks are independent when their seeds differ, so each layer and each step of a training run
 # needs a seed of its own. The lesson on :ref:`checkpointed dropout` hands them out.
@@ -302,12 +302,12 @@ if __name__ == "__main__" and not INTERPRET:
         )
 
 # %%
-# A kernel draws and moves at the same time, so it takes about as long as the slower of the two. Where
-# drawing takes as long as moving 8 bytes, float32 is at the crossover, and bfloat16, with 4, is
-# beyond it: its kernel waits for arithmetic, not for memory. Moving fewer bytes promised
-# speed. The second line shows how to keep the promise: use all four words, as ``F.dropout`` does,
-# and an element costs about a quarter of the work. Where that is less than moving 4 bytes, both
-# dtypes wait for memory again, as they should.
+# A kernel draws and moves at the same time, so it takes about as long as the slower of the two.
+# Where drawing takes as long as moving 8 bytes, float32 is at the crossover, and bfloat16, with 4,
+# is beyond it: its kernel waits for arithmetic, not for memory. Moving fewer bytes promised speed.
+# The second line shows how to keep the promise: use all four words, as ``F.dropout`` does, and an
+# element costs about a quarter of the work. Where that is less than moving 4 bytes, both dtypes
+# wait for memory again, as they should.
 #
 # All four words
 # --------------
@@ -318,8 +318,8 @@ if __name__ == "__main__" and not INTERPRET:
 # or the memory layout.
 #
 # The words are compared as integers, which saves turning them into floating-point numbers. Rounding
-# changes the share of dropped elements by no more than 2⁻³³, about 1.2e-10. To notice that you would
-# have to count some 10^19 elements, unless p itself is that close to 0 or 1.
+# changes the share of dropped elements by no more than 2⁻³³, about 1.2e-10. To notice that you
+# would have to count some 10^19 elements, unless p itself is that close to 0 or 1.
 #
 # ``tl.interleave(a, b)`` is a0, b0, a1, b1, and so on; nested, it puts the words in the order of
 # the elements: the inner calls give w0, w2, w0, w2, ... and w1, w3, w1, w3, ..., and the outer one
@@ -348,9 +348,9 @@ def seeded_dropout4x_kernel(
 # The backward pass
 # -----------------
 #
-# For a given seed dropout is linear: each element is multiplied by 0 or by 1 / (1 - p), and so is its
-# gradient. The backward pass is the forward pass, run on the incoming gradient with the same seed,
-# and it needs nothing but p and the seed.
+# For a given seed dropout is linear: each element is multiplied by 0 or by 1 / (1 - p), and so is
+# its gradient. The backward pass is the forward pass, run on the incoming gradient with the same
+# seed, and it needs nothing but p and the seed.
 #
 # To tell PyTorch so, register the launch as an *operator*. ``custom_op`` makes it opaque, so that
 # ``torch.compile`` doesn't try to look inside; ``register_fake`` says what comes out, without
@@ -585,8 +585,9 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # On the left of the figures all lines meet, at the few microseconds that any kernel takes. What the
-# figures do not show is how long the CPU takes to launch it, because the GPU is kept busy meanwhile.
-# In a program of small kernels that counts, and an operator in Python takes longer than one in C++:
+# figures do not show is how long the CPU takes to launch it, because the GPU is kept busy
+# meanwhile. In a program of small kernels that counts, and an operator in Python takes longer than
+# one in C++:
 
 if __name__ == "__main__" and not INTERPRET:
     x = torch.randn(1024, device=DEVICE)
@@ -599,8 +600,8 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{name}: {min(times) * 1e3:.0f} microseconds of the CPU for a call")
 
 # %%
-# A GPU that is kept busy hides this time. CUDA graphs hide it as well, but mind that they freeze the
-# seed, too: every replay would draw the same mask. Load the seed in the kernel for them.
+# A GPU that is kept busy hides this time. CUDA graphs hide it as well, but mind that they freeze
+# the seed, too: every replay would draw the same mask. Load the seed in the kernel for them.
 #
 # Why ten rounds? Seven are the fewest with which Philox passes the tests of its paper, and would
 # cost less. But once drawing takes less time than moving, fewer rounds make nothing faster, and ten
@@ -622,8 +623,37 @@ if __name__ == "__main__" and not INTERPRET:
 # .. note::
 #    Try it first.
 #
-#    Then compare: :ref:`matrix dropout` solves the first two exercises, and
-#    :ref:`sparse johnson-lindenstrauss` the third.
+#    1. :ref:`matrix dropout` does it: the kernel loads the seeds of its rows, and the counter
+#       counts columns.
+#    2. So does the same lesson: the word is chosen by the element's row and column, and the strides
+#       serve for its address alone.
+#    3. :ref:`sparse johnson-lindenstrauss` is about nothing else.
+#    4. One call of Philox then decides on 128 elements. With b bits for each, p can be any multiple
+#       of 1 / 2ᵇ. But where drawing already takes less time than moving the bytes, nothing gets
+#       faster: look at what the lesson printed for four words, and divide it by 32.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def bit_dropout_kernel(y_ptr, x_ptr, n_elements, seed, BLOCK: tl.constexpr):
+#              pid = tl.program_id(0).to(tl.int64)
+#              counters = pid * (BLOCK // 128) + tl.arange(0, BLOCK // 128)
+#              w0, w1, w2, w3 = tl.randint4x(seed, counters)
+#              words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+#              bits = words[:, None] >> tl.arange(0, 32).to(tl.uint32)[None, :]
+#              keep = tl.reshape(bits & 1, (BLOCK,)) != 0
+#
+#              offsets = pid * BLOCK + tl.arange(0, BLOCK)
+#              inside = offsets < n_elements
+#              x = tl.load(x_ptr + offsets, mask=inside)
+#              tl.store(y_ptr + offsets, tl.where(keep, x * 2, 0.0), mask=inside)
+#
+#
+#          def bit_dropout(x, seed):
+#              """Dropout of a contiguous tensor with p = 0.5."""
+#              y = torch.empty_like(x)
+#              bit_dropout_kernel[(triton.cdiv(x.numel(), 1024),)](y, x, x.numel(), seed, 1024)
+#              return y
 #
 # References
 # ----------

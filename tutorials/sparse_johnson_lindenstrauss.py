@@ -6,8 +6,8 @@ A random projection that is never stored
 
 A vector of a million numbers can be squeezed into four thousand such that distances barely change:
 multiply it by a random matrix. The matrix would fill 8.6 GB, and most of the time would go into
-reading it. But each of its entries is a random decision, and :ref:`seeded dropout` showed that those
-can be computed wherever they are needed. In this lesson you write a matrix product whose
+reading it. But each of its entries is a random decision, and :ref:`seeded dropout` showed that
+those can be computed wherever they are needed. In this lesson you write a matrix product whose
 right-hand side does not exist.
 
 You will learn
@@ -53,65 +53,69 @@ print(MACHINE)
 # What the lemma promises
 # -----------------------
 #
-# Take n points in a space of any dimension, and an error :math:`\varepsilon` that you can live with. Johnson
-# and Lindenstrauss proved in 1984 that a random linear map to
+# Take n points in a space of any dimension, and an error :math:`\varepsilon` that you can live
+# with. Johnson and Lindenstrauss proved in 1984 that a random linear map to
 #
 # .. math:: k \ge \frac{4 \ln n}{\varepsilon^2 / 2 - \varepsilon^3 / 3}
 #
-# dimensions very likely keeps *all* squared distances between them to within a factor of :math:`1 \pm \varepsilon`.
-# The dimension that you start from does not appear: a million features or a billion, k is the same.
+# dimensions very likely keeps *all* squared distances between them to within a factor of
+# :math:`1 \pm \varepsilon`. The dimension that you start from does not appear: a million features
+# or a billion, k is the same.
 #
-# The map is a multiplication by a matrix R of random entries, one row for each feature and one column
-# for each of the k *components*. Most of the entries may be zero: let each be +a with probability d/2, -a with
-# probability d/2, and else 0, where d is the *density* of the matrix and
+# The map is a multiplication by a matrix R of random entries, one row for each feature and one
+# column for each of the k *components*. Most of the entries may be zero: let each be +a with
+# probability d/2, -a with probability d/2, and else 0, where d is the *density* of the matrix and
 #
 # .. math:: a = \sqrt{\frac{1}{d\,k}}
 #
-# Then the squared length of :math:`y = xR` is that of x on average, whatever the density. Its variance is known
-# exactly. With :math:`s = 1 / d`,
+# Then the squared length of :math:`y = xR` is that of x on average, whatever the density. Its
+# variance is known exactly. With :math:`s = 1 / d`,
 #
 # .. math:: \mathrm{Var} \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{s - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
 #
-# For d = 1/3 the second term vanishes, and sparse is as good as dense: that is Achlioptas's choice. A
-# smaller d costs accuracy where a few features carry most of a vector's length, and next to
+# For d = 1/3 the second term vanishes, and sparse is as good as dense: that is Achlioptas's choice.
+# A smaller d costs accuracy where a few features carry most of a vector's length, and next to
 # nothing where the length is spread over many. Li, Hastie and Church go down to
-# :math:`d = 1 / \sqrt{\text{features}}`, which scikit-learn calls ``"auto"``: one in a thousand, for a million features.
+# :math:`d = 1 / \sqrt{\text{features}}`, which scikit-learn calls ``"auto"``: one in a thousand,
+# for a million features.
 #
 # An entry from three numbers
 # ---------------------------
 #
-# Entry (j, i) must be a function of the seed, the feature j and the component i, and of
-# nothing else. Philox is one: the seed is the key, and a counter has four words, room for j and i side by side.
-# But a matrix of a million by four thousand has 4.3 billion entries. Multiply that by what a word costs,
-# which :ref:`seeded dropout` measures, and you are beyond the time in which the stored matrix is read. So an entry gets sixteen bits,
-# and eight entries share a call.
+# Entry (j, i) must be a function of the seed, the feature j and the component i, and of nothing
+# else. Philox is one: the seed is the key, and a counter has four words, room for j and i side by
+# side. But a matrix of a million by four thousand has 4.3 billion entries. Multiply that by what a
+# word costs, which :ref:`seeded dropout` measures, and you are beyond the time in which the stored
+# matrix is read. So an entry gets sixteen bits, and eight entries share a call.
 #
 # .. image:: /_static/computed_matrix.svg
 #    :alt: Seed, feature and component enter Philox; of the 128 bits that come out, sixteen make one entry. The top bit is the sign, the other fifteen are compared with the density. A tile of entries is multiplied with a tile of x, and no matrix is in memory.
 #
-# **The eight halves of the four words of Philox, for the seed as the key and the counter (c, i), make
-# eight entries of component i. Feature j finds its own in the call c = 4 ⌊j / 32⌋ + ⌊(j mod 8) / 2⌋, in word ⌊j / 8⌋ mod 4,
-# in the lower half if j is even and in the upper half if it is odd. The top bit of the half is the sign. The entry is
-# not zero when the other fifteen bits are less than t.**
+# **The eight halves of the four words of Philox, for the seed as the key and the counter (c, i),
+# make eight entries of component i. Feature j finds its own in the call c = 4 ⌊j / 32⌋ + ⌊(j mod 8)
+# / 2⌋, in word ⌊j / 8⌋ mod 4, in the lower half if j is even and in the upper half if it is odd.
+# The top bit of the half is the sign. The entry is not zero when the other fifteen bits are less
+# than t.**
 #
-# Why this order? Units for matrix products want a thread to hold certain elements of a tile. In this
-# order it holds what it has drawn itself, and no entry has to move. Any other order gives
-# as good a matrix, but takes longer.
+# Why this order? Units for matrix products want a thread to hold certain elements of a tile. In
+# this order it holds what it has drawn itself, and no entry has to move. Any other order gives as
+# good a matrix, but takes longer.
 #
-# And t is the density times 2^15, which has a flaw: 1/3 of 2^15 is no integer. Rounded to one, the density would be
-# off by up to 2^-16, which is little beside 1/3 and a lot beside 1/1000. So each call rounds
-# up or down at random, up as often as the fraction says. No further number has to be drawn for it: the
-# exclusive-or of the four words is a random number of 32 bits that none of the eight halves alone
-# tells anything about. Each entry then is nonzero with the probability that you asked for, to
-# within 2^-48.
+# And t is the density times 2^15, which has a flaw: 1/3 of 2^15 is no integer. Rounded to one, the
+# density would be off by up to 2^-16, which is little beside 1/3 and a lot beside 1/1000. So each
+# call rounds up or down at random, up as often as the fraction says. No further number has to be
+# drawn for it: the exclusive-or of the four words is a random number of 32 bits that none of the
+# eight halves alone tells anything about. Each entry then is nonzero with the probability that you
+# asked for, to within 2^-48.
 #
 # The kernel in small pieces
 # --------------------------
 #
-# A word holds two entries, and one operation on the word works on both, if nothing
-# carries over from the lower half to the upper one. ``0x7FFF + t`` minus fifteen bits is from 0 to 0xFFFF, and has its top bit set
-# exactly when the bits are less than t. Move that top bit down by one, put the sign in front of it, and you have 0x4000 or
-# 0xC000, which read as bfloat16 are +2 and -2; the factor of two goes into the scale at the end.
+# A word holds two entries, and one operation on the word works on both, if nothing carries over
+# from the lower half to the upper one. ``0x7FFF + t`` minus fifteen bits is from 0 to 0xFFFF, and
+# has its top bit set exactly when the bits are less than t. Move that top bit down by one, put the
+# sign in front of it, and you have 0x4000 or 0xC000, which read as bfloat16 are +2 and -2; the
+# factor of two goes into the scale at the end.
 
 
 @triton.jit
@@ -145,19 +149,20 @@ def entries(calls, components, t, fraction, seed):
 
 
 # %%
-# ``tl.join(a, b)`` puts two tiles side by side along a new last axis, so four words become two axes of
-# length 2, and ``reshape`` and ``permute`` bring features into order. All of this only renames what
-# threads hold.
+# ``tl.join(a, b)`` puts two tiles side by side along a new last axis, so four words become two axes
+# of length 2, and ``reshape`` and ``permute`` bring features into order. All of this only renames
+# what threads hold.
 #
-# Why ``n_rounds=7``? In :ref:`seeded dropout` ten rounds cost nothing, because memory was what took the time.
-# Here drawing is the work. Seven are the fewest with which Philox passes the BigCrush tests of its paper.
+# Why ``n_rounds=7``? In :ref:`seeded dropout` ten rounds cost nothing, because memory was what took
+# the time. Here drawing is the work. Seven are the fewest with which, in its paper, Philox passes
+# BigCrush, the strictest of the usual batteries of tests.
 #
 # The product
 # -----------
 #
-# A matrix product is computed in tiles. ``tl.dot`` multiplies two of them on the *tensor cores*, units of the GPU that
-# do nothing else, and a loop adds up along the features. The usual kernel loads both tiles. This one loads
-# a tile of ``x`` and computes the other:
+# A matrix product is computed in tiles. ``tl.dot`` multiplies two of them on the *tensor cores*,
+# units of the GPU that do nothing else, and a loop adds up along the features. The usual kernel
+# loads both tiles. This one loads a tile of ``x`` and computes the other:
 
 
 @triton.jit
@@ -204,14 +209,15 @@ def project_kernel(
 
 
 # %%
-# Four thousand components make 32 tiles of 128, too few for a GPU of a hundred multiprocessors. So the
-# features are divided among several programs, ``part`` by ``part``, and each stores a sum of its own. These partial sums are added up
-# afterwards, always in the same order, so that two runs agree to the last bit. How many parts there are depends
-# on the shape alone, not on the GPU.
+# Four thousand components make 32 tiles of 128, too few for a GPU of a hundred multiprocessors. So
+# the features are divided among several programs, ``part`` by ``part``, and each stores a sum of
+# its own. These partial sums are added up afterwards, always in the same order, so that two runs
+# agree to the last bit. How many parts there are depends on the shape alone, not on the GPU.
 #
-# ``TRANSPOSED`` turns the same kernel round: from components to features. That is the product with the
-# transpose of R, and it is what the backward pass needs, because the gradient of :math:`y = xR` is
-# :math:`\partial x = \partial y \, R^T`. And as that is linear, too, the gradient of the gradient is the first product again.
+# ``TRANSPOSED`` turns the same kernel round: from components to features. That is the product with
+# the transpose of R, and it is what the backward pass needs, because the gradient of :math:`y = xR`
+# is :math:`\partial x = \partial y \, R^T`. And as that is linear, too, the gradient of the
+# gradient is the first product again.
 
 
 def drawn_product(x, n_out, seed, density, transposed):
@@ -269,10 +275,10 @@ def drawn_product(x, n_out, seed, density, transposed):
 # What overlapping would hide is hidden otherwise: ``x`` is loaded before the entries are drawn, and
 # several small programs share a multiprocessor, so that one draws while another waits.
 #
-# Tensor cores multiply numbers of 16 bits. A float32 has 24 significant bits and a bfloat16 has 8, with the same
-# range of exponents, so a float32 is the sum of three bfloat16, exactly. As the entries of R lose
-# nothing in bfloat16, three projections add up to the one of float32. (float64 goes to the ordinary units, which take
-# much longer.)
+# Tensor cores multiply numbers of 16 bits. A float32 has 24 significant bits and a bfloat16 has 8,
+# with the same range of exponents, so a float32 is the sum of three bfloat16, exactly. As the
+# entries of R lose nothing in bfloat16, three projections add up to the one of float32. (float64
+# goes to the ordinary units, which take much longer.)
 
 
 def in_three(x):
@@ -289,30 +295,33 @@ def in_three(x):
 # One in a thousand
 # -----------------
 #
-# At the density "auto", 1023 of 1024 entries of a million-by-four-thousand matrix are zero, and the kernel above
-# draws them all, to multiply by nothing. Can you go from one entry that is not zero straight to the next?
+# At the density "auto", 1023 of 1024 entries of a million-by-four-thousand matrix are zero, and the
+# kernel above draws them all, to multiply by nothing. Can you go from one entry that is not zero
+# straight to the next?
 #
 # Yes: the number of zeros in between is random, too. At least g zeros follow with the probability
 # :math:`(1 - d)^g`. So take a number u, uniform between 0 and 1, and skip
 #
 # .. math:: g = \left\lfloor \frac{\ln u}{\ln (1 - d)} \right\rfloor
 #
-# entries: :math:`g` is that large exactly when :math:`u \le (1 - d)^g`. The next is not zero. One draw for each entry
-# that counts, and none for those that don't.
+# entries: :math:`g` is that large exactly when :math:`u \le (1 - d)^g`. The next is not zero. One
+# draw for each entry that counts, and none for those that don't.
 #
-# What is lost is that an entry knows its value without looking at others: to find the tenth, you have to add up nine gaps. So start
-# anew often enough that thousands of programs have something to do. **For densities up to 1/128, component i
-# has its own sequence of gaps in each chunk of 65536 features. Gap n of chunk c comes from the counter
-# (⌊n / 2⌋, i, c, 1): its words 0 and 1 if n is even, 2 and 3 if it is odd, make a number of 64 bits. The lowest bit of the
-# first word is the sign, the other 63 bits, with a half added and divided by 2^63, are u.**
+# What is lost is that an entry knows its value without looking at others: to find the tenth, you
+# have to add up nine gaps. So start anew often enough that thousands of programs have something to
+# do. **For densities up to 1/128, component i has its own sequence of gaps in each chunk of 65536
+# features. Gap n of chunk c comes from the counter (⌊n / 2⌋, i, c, 1): its words 0 and 1 if n is
+# even, 2 and 3 if it is odd, make a number of 64 bits. The lowest bit of the first word is the
+# sign, the other 63 bits, with a half added and divided by 2^63, are u.** (The 1 keeps these words
+# apart from those of the first kernel, whose counters end in zeros.)
 #
-# ``tl.cumsum`` adds up gaps, which gives positions, and the tensor cores have no part in it: each position fetches
-# its feature of 64 vectors, and those should be neighbours in memory. So ``x`` is transposed first, for not more
-# than 64 vectors of a million features at a time.
+# ``tl.cumsum`` adds up gaps, which gives positions, and the tensor cores have no part in it: each
+# position fetches its feature of 64 vectors, and those should be neighbours in memory. So ``x`` is
+# transposed first, for not more than 64 vectors of a million features at a time.
 #
-# With ``TRANSPOSED``, the fetching becomes adding: the component's value goes to each feature that it is connected
-# with. Several components meet there, hence ``atomic_add``, which lets one after the other do so, in no
-# certain order: this gradient may differ in its last bits from run to run.
+# With ``TRANSPOSED``, the fetching becomes adding: the component's value goes to each feature that
+# it is connected with. Several components meet there, hence ``atomic_add``, which lets one after
+# the other do so, in no certain order: this gradient may differ in its last bits from run to run.
 
 
 @triton.jit
@@ -407,8 +416,8 @@ def visited_product(x, n_out, seed, density, transposed):
 
 
 # %%
-# The operator chooses between the two by the density, gives the entries their size, and tells PyTorch
-# how gradients flow.
+# The operator chooses between the two by the density, gives the entries their size, and tells
+# PyTorch how gradients flow.
 
 
 @torch.library.custom_op("fast_and_right::sparse_jl", mutates_args=())
@@ -566,9 +575,9 @@ def sparse_jl_transpose(y, n_features, seed, density="auto"):
 # Distances before and after
 # --------------------------
 #
-# Forty random points with 1024 features have 780 distances. Project them to more and more components, and
-# divide each squared distance after by the one before. The formula for the variance says how far the
-# ratios should spread; for d = 1/3 it is :math:`2 / k` whatever the points.
+# Forty random points with 1024 features have 780 distances. Project them to more and more
+# components, and divide each squared distance after by the one before. The formula for the variance
+# says how far the ratios should spread; for d = 1/3 it is :math:`2 / k` whatever the points.
 
 import matplotlib.pyplot as plt
 
@@ -589,9 +598,10 @@ plt.show()
 # Is it right?
 # ------------
 #
-# Projecting the unit vectors gives the matrix itself. Look at it, once drawn entry by entry and once with
-# gaps: its shares of signs and zeros; whether its product is the projection, and the product with its transpose
-# the gradient; and whether layout and number of components leave it alone.
+# Projecting the unit vectors gives the matrix itself. Look at it, once drawn entry by entry and
+# once with gaps: its shares of signs and zeros; whether its product is the projection, and the
+# product with its transpose the gradient; and whether layout and number of components leave it
+# alone.
 
 D, k = 300, 96
 for d in (0.1, 1 / 150):
@@ -622,9 +632,10 @@ torch.autograd.gradcheck(lambda x: sparse_jl(x, 6, seed=7, density=0.3), small)
 print(torch.library.opcheck(sparse_jl_op, (small, 6, 7, 0.3, False)))
 
 # %%
-# Then the variance. Two vectors make the extremes: in a *flat* one all features are equal, in a *spiky*
-# one a single feature has all the length. Each component of a projection to k of them is, times :math:`\sqrt k`, a projection
-# to one component, independent of the others, so one call gives thousands of samples.
+# Then the variance. Two vectors make the extremes: in a *flat* one all features are equal, in a
+# *spiky* one a single feature has all the length. Each component of a projection to k of them is,
+# times :math:`\sqrt k`, a projection to one component, independent of the others, so one call gives
+# thousands of samples.
 
 k, D = 5000, 64
 flat = torch.full((D,), 1 / math.sqrt(D), device=DEVICE)
@@ -638,16 +649,16 @@ for d in (1 / 3, 1 / 8):
         )
 
 # %%
-# The spiky vector pays for sparseness, as the formula says, and the flat one does not. The tests of this
-# site hold these numbers to stated bounds, and compare the matrix, entry by entry, with one that NumPy and another
-# implementation of Philox spell out.
+# The spiky vector pays for sparseness, as the formula says, and the flat one does not. The tests of
+# this site hold these numbers to stated bounds, and compare the matrix, entry by entry, with one
+# that NumPy and another implementation of Philox spell out.
 #
 # Handwritten digits
 # ------------------
 #
-# Now real data: scikit-learn comes with 1797 handwritten digits of 8 by 8 pixels. Which share of a digit's ten
-# nearest neighbours are still among the ten nearest after a projection, and how many of its nearest neighbours show the same
-# digit? Each number is a mean over three seeds.
+# Now real data: scikit-learn comes with 1797 handwritten digits of 8 by 8 pixels. Which share of a
+# digit's ten nearest neighbours are still among the ten nearest after a projection, and how many of
+# its nearest neighbours show the same digit? Each number is a mean over three seeds.
 
 from sklearn.datasets import load_digits
 from sklearn.random_projection import SparseRandomProjection
@@ -685,9 +696,9 @@ headers = ["", "components", "neighbours kept", "same digit"]
 print(tabulate(rows, headers, floatfmt=("", "", ".1%", ".1%")))
 
 # %%
-# The two make the same kind of matrix, and so the same kind of error. With 64 features there is little to
-# squeeze: the lemma is about thousands of features and more, and matrices that hurt.
-# What differs is what has to be kept to project the next digit in the same way.
+# The two make the same kind of matrix, and so the same kind of error. With 64 features there is
+# little to squeeze: the lemma is about thousands of features and more, and matrices that hurt. What
+# differs is what has to be kept to project the next digit in the same way.
 
 projection = SparseRandomProjection(32, random_state=0).fit(digits)
 matrix = projection.components_
@@ -700,10 +711,11 @@ print(
 # Is it fast?
 # -----------
 #
-# A million features, 4096 components, bfloat16. The matrix would have 2^32 entries and 8.6 GB. However few vectors you
-# multiply with it, a stored matrix has to be read once, and that is the limit of the stored product: the dashed line is the time in
-# which a copy moves as many bytes. The other way to store a sparse matrix is to keep only what is not
-# zero, in the format CSR, as scikit-learn does: at "auto" that is one entry in 1024.
+# A million features, 4096 components, bfloat16. The matrix would have 2^32 entries and 8.6 GB.
+# However few vectors you multiply with it, a stored matrix has to be read once, and that is the
+# limit of the stored product: the dashed line is the time in which a copy moves as many bytes. The
+# other way to store a sparse matrix is to keep only what is not zero, row after row, in the format
+# CSR, as scikit-learn does: at "auto" that is one entry in 1024.
 
 import warnings
 
@@ -788,13 +800,14 @@ elif __name__ == "__main__":
         )
 
 # %%
-# For few vectors computing the matrix beats reading it. The more vectors share a tile of R, the less reading
-# counts, and the stored product is bound by the tensor cores alone, while drawing goes on: a kernel can keep sums for
-# 256 vectors only, and the next 256 draw the matrix again. That is where a stored matrix pays, if you
-# have the room for it.
+# For few vectors computing the matrix beats reading it. The more vectors share a tile of R, the
+# less reading counts, and the stored product is bound by the tensor cores alone, while drawing goes
+# on: a kernel can keep sums for 256 vectors only, and the next 256 draw the matrix again. That is
+# where a stored matrix pays, if you have the room for it.
 #
-# And the room? Here is what each takes beyond input and result, by the allocator's own count: the partial
-# sums, and at "auto" the transposed copy of ``x``. The transpose product costs no matrix either.
+# And the room? Here is what each takes beyond input and result, by the allocator's own count: the
+# partial sums, and at "auto" the transposed copy of ``x``. The transpose product costs no matrix
+# either.
 
 if __name__ == "__main__" and not INTERPRET:
     x = torch.randn(64, FEATURES, device=DEVICE, dtype=torch.bfloat16)
@@ -822,14 +835,14 @@ if __name__ == "__main__" and not INTERPRET:
 # Each of the first two has a function that checks your answer: it raises an error that says what is
 # wrong, or says that it is right.
 #
-# 1. With density 1 an entry is a sign, and one bit would do. Write ``sign_projection(x, n_components, seed)``
-#    that makes 128 entries from a call of Philox. How much faster does it get?
-#    ``check_sign_projection(sign_projection)`` checks it.
-# 2. A *count sketch* is sparser still: each feature goes to one component, chosen at random, with a random
-#    sign. Write ``count_sketch(x, n_components, seed)``, whose matrix has one entry of +1 or -1 in each row.
-#    ``check_count_sketch(count_sketch)`` checks it. What is its variance?
-# 3. The two kernels meet at a density of 1/128. Where is the best place for your GPU, and for 1, 64 and
-#    1024 vectors?
+# 1. With density 1 an entry is a sign, and one bit would do. Write
+#    ``sign_projection(x, n_components, seed)`` that makes 128 entries from a call of Philox. How
+#    much faster does it get? ``check_sign_projection(sign_projection)`` checks it.
+# 2. A *count sketch* is sparser still: each feature goes to one component, chosen at random, with a
+#    random sign. Write ``count_sketch(x, n_components, seed)``, whose matrix has one entry of +1 or
+#    -1 in each row. ``check_count_sketch(count_sketch)`` checks it. What is its variance?
+# 3. The two kernels meet at a density of 1/128. Where is the best place for your GPU, and for 1, 64
+#    and 1024 vectors?
 
 
 def matrix_of(answer, n_features, n_components, seed):
@@ -877,6 +890,94 @@ def check_count_sketch(answer):
 
 
 # %%
+# .. note::
+#    Try it first.
+#
+#    1. A sixteenth of the calls, for the bits of a call are 128 signs. Don't expect a sixteenth of
+#       the time: each bit has to be taken out of its word, and the product takes as long as before.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def sign_kernel(
+#              y_ptr, x_ptr, n_vectors, n_features, n_components, scale, seed,
+#              OUT: tl.constexpr, VECTORS: tl.constexpr,
+#          ):
+#              outs = tl.program_id(0) * OUT + tl.arange(0, OUT)
+#              vectors = tl.program_id(1) * VECTORS + tl.arange(0, VECTORS)
+#              zero = tl.zeros((OUT,), tl.uint32)
+#              y = tl.zeros((OUT, VECTORS), tl.float32)
+#              for i in range(0, n_features, 128):
+#                  call = zero + tl.cast(i // 128, tl.uint32)
+#                  w0, w1, w2, w3 = tl.philox(
+#                      seed, call, outs.to(tl.uint32), zero, zero, n_rounds=7
+#                  )
+#                  words = tl.join(tl.join(w0, w1), tl.join(w2, w3))
+#                  words = tl.reshape(words, (OUT, 4, 1))
+#                  bits = words >> tl.arange(0, 32).to(tl.uint32)[None, None, :]
+#                  signs = tl.reshape(1 - 2 * (bits & 1).to(tl.int32), (OUT, 128))
+#
+#                  ins = i + tl.arange(0, 128)
+#                  places = vectors.to(tl.int64)[None, :] * n_features + ins[:, None]
+#                  inside = (ins < n_features)[:, None] & (vectors < n_vectors)[None, :]
+#                  x = tl.load(x_ptr + places, mask=inside, other=0.0)
+#                  y = tl.dot(signs.to(x.dtype), x, y, input_precision="ieee")
+#              places = vectors.to(tl.int64)[None, :] * n_components + outs[:, None]
+#              inside = (outs < n_components)[:, None] & (vectors < n_vectors)[None, :]
+#              tl.store(y_ptr + places, y * scale, mask=inside)
+#
+#
+#          def sign_projection(x, n_components, seed):
+#              x = x.contiguous()
+#              y = torch.empty(len(x), n_components, dtype=x.dtype, device=x.device)
+#              sign_kernel[triton.cdiv(n_components, 64), triton.cdiv(len(x), 16)](
+#                  y, x, *x.shape, n_components, n_components**-0.5, seed, 64, 16, num_stages=1
+#              )
+#              return y
+#
+#
+#          check_sign_projection(sign_projection)
+#
+#    2. A call for each feature decides on both, and ``atomic_add`` takes the feature to its
+#       component. No length is lost, so nothing is scaled. The squared length has exactly the
+#       variance of a projection with density 1, by the formula above,
+#       :math:`\frac{2}{k} \left(1 - \sum_j x_j^4 / |x|^4\right)`, though each row has a single
+#       entry.
+#
+#       .. code-block:: python
+#
+#          @triton.jit
+#          def count_sketch_kernel(
+#              y_ptr, x_ptr, n_vectors, n_features, n_components, seed,
+#              VECTORS: tl.constexpr, BLOCK: tl.constexpr,
+#          ):
+#              vector = (tl.program_id(0) * VECTORS + tl.arange(0, VECTORS)).to(tl.int64)[:, None]
+#              feature = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+#              inside = (vector < n_vectors) & (feature < n_features)
+#              words = tl.randint4x(seed, feature)
+#              component = (words[0].to(tl.int64) * n_components) >> 32
+#              x = tl.load(x_ptr + vector * n_features + feature, mask=inside, other=0.0)
+#              x = tl.where((words[1] & 1) == 0, x, -x)
+#              tl.atomic_add(y_ptr + vector * n_components + component, x, mask=inside)
+#
+#
+#          def count_sketch(x, n_components, seed):
+#              x = x.contiguous()
+#              y = torch.zeros(len(x), n_components, dtype=x.dtype, device=x.device)
+#              count_sketch_kernel[triton.cdiv(len(x), 16), triton.cdiv(x.shape[1], 256)](
+#                  y, x, *x.shape, n_components, seed, 16, 256
+#              )
+#              return y
+#
+#
+#          check_count_sketch(count_sketch)
+#
+#    3. Time ``drawn_product`` and ``visited_product`` with ``milliseconds``. The first takes the
+#       same time at any density; the second's grows with the density, and once more for every 64
+#       vectors, while the first holds sums for 256. So expect the place to move to sparser matrices
+#       as the vectors get more. But the two draw different matrices: who moves it changes the
+#       results at the densities in between.
+#
 # References
 # ----------
 #

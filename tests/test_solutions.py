@@ -1,0 +1,340 @@
+"""The answers that are folded below the exercises: their code runs, and is right."""
+
+import importlib.util
+import re
+import sys
+import textwrap
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from fused_softmax import DEVICE
+
+TUTORIALS = Path(__file__).parent.parent / "tutorials"
+LESSONS = sorted(path.stem for path in TUTORIALS.glob("*.py"))
+numbers = count()
+
+
+def exercises_and_answers(lesson):
+    """Two dicts, of the exercises and of their answers, by number, in reST."""
+    source = (TUTORIALS / f"{lesson}.py").read_text()
+    prose = re.sub("^# ?", "", source[source.index("# Exercises") :], flags=re.MULTILINE)
+    exercises, answers = prose.split(".. note::\n   Try it first.\n")
+    exercises = re.split(r"^\n\n", exercises, maxsplit=1, flags=re.MULTILINE)[0]
+    answers = textwrap.dedent(answers[: answers.index("\nReferences\n")])
+    lists = []
+    for part in (exercises, answers):
+        _, *items = re.split(r"^(\d)\. ", part, flags=re.MULTILINE)
+        lists.append(
+            {int(n): item for n, item in zip(items[::2], items[1::2], strict=True)}
+        )
+    return lists
+
+
+def code(lesson, number, language="python"):
+    """The one block of code in an answer."""
+    answer = exercises_and_answers(lesson)[1][number]
+    block = rf"^ *\.\. code-block:: {language}\n\n((?: {{6}}.*\n|\n)+)"
+    (code,) = re.findall(block, answer, flags=re.MULTILINE)
+    return textwrap.dedent(code)
+
+
+def run(source, folder):
+    """Import the source as a module of its own: Triton wants to see it in a file."""
+    name = f"solution_{next(numbers)}"
+    path = folder / f"{name}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def solve(tmp_path):
+    """Run the code of an answer with the lesson's names at hand, and return the module."""
+
+    def solve(lesson, number, before="", after=""):
+        names = f"from {lesson} import *\n\n{before}\n\n"
+        return run(names + code(lesson, number) + after, tmp_path)
+
+    return solve
+
+
+@pytest.fixture
+def changed(tmp_path):
+    """The lesson up to a section, with an answer's changes made, as a module."""
+
+    def changed(lesson, number, until):
+        source = (TUTORIALS / f"{lesson}.py").read_text()
+        source = source[: source.index(f"\n# {until}\n")]
+        for hunk in re.split("^@@.*\n", code(lesson, number, "diff"), flags=re.MULTILINE):
+            lines = [(line[:1], line[1:]) for line in hunk.splitlines(keepends=True)]
+            old = "".join(line for sign, line in lines if sign != "+")
+            new = "".join(line for sign, line in lines if sign != "-")
+            assert old in source
+            source = source.replace(old, new) if old else source
+        # PyTorch knows the operators of the lesson itself under the other name.
+        source = source.replace("fast_and_right::", f"changed{next(numbers)}::")
+        return run(source, tmp_path)
+
+    return changed
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_every_exercise_has_an_answer(lesson):
+    exercises, answers = exercises_and_answers(lesson)
+    assert list(exercises) == list(answers) == list(range(1, len(answers) + 1))
+
+
+def test_a_mask_of_bits(solve, randn):
+    solution = solve("baseline_dropout", 1)
+    x = randn(3, 1001)
+    x_keep = randn(3, 1001) > 0
+    y = solution.bit_dropout(x, solution.pack(x_keep), 0.3)
+    assert torch.equal(y, solution.dropout(x, x_keep, 0.3))
+    assert solution.pack(x_keep).nbytes == 376
+
+
+def test_the_gradient_of_dropout_with_a_mask(solve, randn):
+    before = "x, x_keep = torch.ones(5, device=DEVICE), torch.ones(5, device=DEVICE) > 0"
+    dropout = solve("baseline_dropout", 2, before).MaskedDropout.apply
+    x, x_keep = randn(4, 5, dtype=torch.float64).requires_grad_(), randn(4, 5) > 0
+    assert torch.autograd.gradcheck(lambda x: dropout(x, x_keep, 0.3), x)
+
+
+def test_log_softmax(solve):
+    solve("fused_softmax", 1)
+
+
+def test_which_widths_other_warps_leave_alone():
+    from fused_softmax import warps
+
+    assert warps(4 * 16384) == warps(4 * 4 * 16384) == 32
+    assert warps(4 * 256) == warps(4 * 256 / 4) == 1
+
+
+@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_slices_of_softmax(changed, randn, number, dtype):
+    lesson = changed("fused_softmax", number, "Is all of it right?")
+    for n_cols in (20_001, 20_008, 32_768):
+        x = randn(3, n_cols, dtype=dtype).requires_grad_()
+        dy = randn(3, n_cols, dtype=dtype)
+        y, expected = lesson.softmax(x), torch.softmax(x, dim=-1)
+        torch.testing.assert_close(y, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
+        )
+    part = randn(3, 40_003, dtype=dtype)[:, 1:29_999]
+    torch.testing.assert_close(lesson.softmax(part), torch.softmax(part, dim=-1))
+
+
+def test_single_bits(solve, randn):
+    dropout = solve("seeded_dropout", 4).bit_dropout
+    x = torch.ones(100_000, device=DEVICE)
+    y = dropout(x, 7)
+    assert set(y.unique().tolist()) == {0, 2}
+    assert abs(y.mean().item() - 1) < 5 * 100_000**-0.5
+    neighbours = (y[1:] == y[:-1]).float().mean().item()
+    assert abs(neighbours - 0.5) < 2.5 * 100_000**-0.5
+    assert not torch.equal(dropout(x, 8), y)
+    x = randn(1000)
+    assert torch.equal(dropout(x, 7), x * y[:1000])
+
+
+def test_a_seed_that_is_drawn_before_the_checkpoint_replays(solve, randn):
+    drawn_before = solve("checkpointed_dropout", 1).drawn_before
+    x, w = randn(1000), torch.ones(1000, device=DEVICE, requires_grad=True)
+    y = drawn_before(x, w)
+    y.sum().backward()
+    assert torch.equal(w.grad, y)
+
+
+TILES = """
+
+@triton.jit
+def kernel(mask_ptr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    queries = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    keys = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    for batch in range(2):
+        for head in range(3):
+            keep = keep_tile(7, 0.5, batch, head, queries, keys, 3, 40, 50)
+            place = ((batch * 3 + head) * 40 + queries[:, None]) * 50 + keys[None, :]
+            inside = (queries < 40)[:, None] & (keys < 50)[None, :]
+            tl.store(mask_ptr + place, keep.to(tl.int32), mask=inside)
+"""
+
+
+def test_a_mask_of_attention_does_not_depend_on_the_tiles(solve):
+    kernel = solve("checkpointed_dropout", 2, after=TILES).kernel
+    masks = []
+    for queries, keys in ((16, 16), (8, 64)):
+        mask = torch.zeros(2, 3, 40, 50, dtype=torch.int32, device=DEVICE)
+        kernel[-(-40 // queries), -(-50 // keys)](mask, queries, keys)
+        masks.append(mask)
+    assert torch.equal(*masks)
+    assert not torch.equal(mask[0, 0], mask[0, 1]) and not torch.equal(mask[0], mask[1])
+
+
+def test_the_block_replays_only_with_its_state(solve):
+    solution = solve("checkpointed_dropout", 3)
+    x = torch.randn(10, 2, 64, device=DEVICE)
+    with pytest.raises(AssertionError, match="not equal"):
+        solution.check_replay(solution.block, x, preserve_rng_state=False)
+
+
+@pytest.mark.parametrize(
+    ("lesson", "number"),
+    [
+        ("matrix_dropout", 1),
+        ("matrix_dropout", 2),
+        ("sparse_johnson_lindenstrauss", 1),
+        ("sparse_johnson_lindenstrauss", 2),
+    ],
+)
+def test_answers_pass_the_checks_of_their_lesson(solve, lesson, number, capsys):
+    solve(lesson, number)
+    assert capsys.readouterr().out.endswith("right\n")
+
+
+def test_matrix_dropout_of_sequences(changed, randn):
+    lesson = changed("matrix_dropout", 3, "The masks follow the rows")
+    x = randn(7, 5, 6)  # time, sequences, features
+    sequences = x.transpose(0, 1)
+    seeds = torch.arange(5, device=DEVICE)
+    y = torch.empty(5, 42, device=DEVICE)
+    lesson.matrix_dropout_kernel[(3,)](
+        y, sequences, seeds, 5, 42, *sequences.stride(), 6, 2**31, 2.0, 2, 64
+    )
+    from matrix_dropout import matrix_dropout
+
+    assert torch.equal(y, matrix_dropout(sequences.flatten(1), 0.5, seeds))
+
+
+def test_which_layouts_flatten_without_a_copy():
+    x = torch.zeros(8, 5, 4)
+    for view in (x, x[::3], x[2:]):
+        assert view.flatten(1).data_ptr() == view.data_ptr()
+    for view in (x.transpose(0, 1), x[:, :, :3]):
+        assert view.flatten(1).data_ptr() != view.data_ptr()
+
+
+def test_the_variance_of_a_count_sketch(solve):
+    sketch = solve("sparse_johnson_lindenstrauss", 2).count_sketch
+    x = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.5]], device=DEVICE)
+    n, k = 500, 4
+    lengths = torch.cat([sketch(x, k, seed).square().sum(1) for seed in range(n)])
+    ratios = lengths / x.square().sum()
+    share = (x**4).sum() / x.square().sum() ** 2
+    assert abs(ratios.mean() - 1) < 5 * (2 / k / n) ** 0.5
+    torch.testing.assert_close(ratios.var(), 2 / k * (1 - share), rtol=0.2, atol=0)
+    alone = torch.zeros(1, 5, device=DEVICE)
+    alone[0, 2] = 3
+    assert sketch(alone, k, 0).abs().sum() == 3
+
+
+def test_lookup_drops_the_same_words_as_the_module(solve, randn):
+    solution = solve("recurrent_dropout", 1)
+    table = torch.nn.Embedding(11, 300).to(DEVICE)
+    words = torch.arange(22, device=DEVICE).view(2, 11) * 7 % 11
+    torch.manual_seed(3)
+    expected = solution.EmbeddingDropout(table, 0.4)(words)
+    torch.manual_seed(3)
+    seed = solution.draw_seed(words.device)
+    assert torch.equal(solution.lookup(table.weight.detach(), words, 0.4, seed), expected)
+    assert (expected == 0).all(dim=-1).any()
+
+
+def test_shared_dropout_shares_among_steps_and_sequences(solve, randn):
+    x = randn(5, 3, 40)
+    shared = solve("recurrent_dropout", 2).SharedDropout(0.5)
+    mask = shared(torch.ones_like(x))
+    assert torch.equal(mask, mask[:1, :1].expand_as(x))
+    assert set(mask.unique().tolist()) == {0, 2}
+    assert shared.eval()(x) is x
+
+
+def test_zoneout(solve, randn):
+    from fused_lstm import lstm_loop
+
+    zoneout_loop = solve("recurrent_dropout", 3).zoneout_loop
+    h, c = randn(2, 3, 6)
+    arguments = randn(5, 3, 4), randn(24, 4), randn(24, 6), randn(24), h, c
+    ones = [torch.ones(1, 3, n, device=DEVICE) for n in (4, 6)]
+    torch.testing.assert_close(
+        zoneout_loop(*arguments, 0, 0), lstm_loop(*arguments, *ones)
+    )
+    outputs, last = zoneout_loop(*arguments, 1, 1)
+    assert torch.equal(outputs, h.expand(5, -1, -1)) and torch.equal(last, c)
+
+
+def test_variational_weight_drop_trains(changed):
+    lesson = changed(
+        "recurrent_dropout",
+        4,
+        "The text is the help of Python's own interpreter, which comes with every Python: what",
+    )
+    model = lesson.LanguageModel(7, 4, 4, weight=0.5)
+    assert all(lstm.variational for lstm in model.lstms)
+
+
+def loop_with_masks(lesson, lstm, x, mask_of):
+    """The plain loop in which ``mask_of(step)`` multiplies the state (h) and g."""
+    h, c = x.new_zeros(2, x.shape[1], lstm.hidden_size)
+    outputs = []
+    for t, step in enumerate(x):
+        state_mask, g_mask = mask_of(t)
+        gates = step @ lstm.weight_ih_l0.T + lstm.bias_ih_l0 + lstm.bias_hh_l0
+        parts = zip(state_mask, lstm.weight_hh_l0.chunk(len(state_mask)), strict=True)
+        gates = gates + torch.cat([(h * mask) @ part.T for mask, part in parts], dim=-1)
+        i, f, g, o = gates.chunk(4, dim=-1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh() * g_mask
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+def compare_with_loop(lesson, implementation, masks):
+    torch.manual_seed(0)
+    T, B, F, H = 5, 3, 4, 16
+    lstm = lesson.LSTM(F, H, 0.0, 0.4, implementation).to(DEVICE, torch.float64)
+    x = torch.randn(T, B, F, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    G = 4 if implementation == 1 else 1
+    results = []
+    for plain in (False, True):
+        torch.manual_seed(1)
+        if plain:
+            seed = torch.randint(2**62, (2,), device=DEVICE)[1:]
+            # All steps as one step of more sequences: row t * B + b of the counter.
+            ones = torch.ones(G, 1, T * B, H, device=DEVICE, dtype=torch.float64)
+            drawn = lesson.gate_dropout(ones, 0.4, seed).view(G, T, B, H)
+            y = loop_with_masks(
+                lesson, lstm, x, lambda t, drawn=drawn: masks(drawn[:, t])
+            )
+        else:
+            y = lstm(x)[0]
+        inputs = [x, *lstm.parameters()]
+        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+    torch.testing.assert_close(*results)
+
+
+def test_without_units_that_stay_zero(changed):
+    lesson = changed("fused_lstm", 1, "Is it right?")
+    x = torch.randn(5, 3, 4, device=DEVICE)
+    reference = torch.nn.LSTM(4, 7).to(DEVICE)
+    lstm = lesson.LSTM(4, 7).to(DEVICE)
+    lstm.load_state_dict(reference.state_dict())
+    torch.testing.assert_close(lstm(x), reference(x))
+
+
+@pytest.mark.parametrize("implementation", [1, 2])
+def test_a_new_recurrent_mask_at_each_step(changed, implementation):
+    lesson = changed("fused_lstm", 2, "Is it right?")
+    compare_with_loop(lesson, implementation, lambda drawn: (drawn, 1))
+
+
+def test_semeniutas_dropout(changed):
+    lesson = changed("fused_lstm", 3, "Is it right?")
+    compare_with_loop(lesson, 2, lambda drawn: (torch.ones_like(drawn), drawn[0]))
