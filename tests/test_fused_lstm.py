@@ -23,7 +23,8 @@ def make(
     dropout=0.3, recurrent_dropout=0.4, implementation=1, dtype=torch.float64, **options
 ):
     torch.manual_seed(0)
-    lstm = LSTM(F, H, dropout, recurrent_dropout, implementation, **options)
+    options |= {"dropout": dropout, "recurrent_dropout": recurrent_dropout}
+    lstm = LSTM(F, H, implementation=implementation, **options)
     return lstm.to(DEVICE, dtype)
 
 
@@ -386,7 +387,8 @@ def test_travels(randn):
     file = io.BytesIO()
     torch.save(lstm.state_dict(), file)
     file.seek(0)
-    loaded = LSTM(F, H, 0.3, 0.4, 1).to(DEVICE, torch.float64)
+    loaded = LSTM(F, H, dropout=0.3, recurrent_dropout=0.4, implementation=1)
+    loaded = loaded.to(DEVICE, torch.float64)
     loaded.load_state_dict(torch.load(file, weights_only=True))
     for other in (copy.deepcopy(lstm), pickle.loads(pickle.dumps(lstm)), loaded):
         torch.manual_seed(5)
@@ -438,19 +440,81 @@ def test_autocast(randn):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    ("sizes", "options", "error", "message"),
     [
-        ((0, 3), ValueError, "input_size must be an integer of at least 1, got 0"),
-        ((3, 2.0), ValueError, "hidden_size must be an integer of at least 1, got 2.0"),
-        ((3, 3, 1.1), ValueError, r"dropout must be in \[0, 1\], got 1.1"),
-        ((3, 3, 0.1, math.nan), ValueError, "recurrent_dropout must be in"),
-        ((3, 3, 0.1, "0.1"), TypeError, "recurrent_dropout must be a number, got str"),
-        ((3, 3, 0.1, 0.1, 3), ValueError, "implementation must be 0, 1 or 2, got 3"),
+        ((0, 3), {}, ValueError, "input_size must be an integer of at least 1, got 0"),
+        (
+            (3, 2.0),
+            {},
+            ValueError,
+            "hidden_size must be an integer of at least 1, got 2.0",
+        ),
+        ((3, 3), {"dropout": 1.1}, ValueError, r"dropout must be in \[0, 1\], got 1.1"),
+        (
+            (3, 3),
+            {"recurrent_dropout": math.nan},
+            ValueError,
+            "recurrent_dropout must be in",
+        ),
+        ((3, 3), {"recurrent_dropout": "0.1"}, TypeError, "must be a number, got str"),
+        ((3, 3), {"implementation": 3}, ValueError, "must be 0, 1 or 2, got 3"),
+        ((3, 3, 1), {}, TypeError, "positional arguments"),  # torch.nn.LSTM's num_layers
     ],
 )
-def test_errors_of_the_module(arguments, error, message):
+def test_errors_of_the_module(sizes, options, error, message):
     with pytest.raises(error, match=message):
-        LSTM(*arguments)
+        LSTM(*sizes, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"input": [1.0]}, "input must be a tensor or a PackedSequence, got list"),
+        ({"lengths": [3.0, 1.0]}, "lengths must be int32 or int64, got torch.float32"),
+        ({"hx": (None, None)}, "hx must be None or a pair of tensors"),
+    ],
+)
+def test_errors_of_type(randn, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        make()(**({"input": randn(3, 2, F).double()} | arguments))
+
+
+def test_no_sequences_and_no_lengths(randn):
+    assert make()(randn(3, 0, F).double(), lengths=[])[0].shape == (3, 0, H)
+
+
+def test_states_are_apart_from_the_output(randn):
+    lstm, x = make().eval(), randn(3, 2, F).double()
+    y, (h, _) = lstm(x)
+    expected = h.clone()
+    y.detach().zero_()
+    torch.testing.assert_close(h, expected)
+
+
+@pytest.mark.parametrize("implementation", [1, 2])
+def test_an_infinite_input_saturates_gates(randn, implementation):
+    """H is no multiple of 8: the units that fill up a row must not spread a NaN."""
+    x = randn(3, 2, F).double()
+    x[0, 0, 0] = math.inf
+    lstm = make(0.0, 0.0, implementation)
+    reference = twin(lstm)
+    torch.testing.assert_close(lstm(x)[0], reference(x)[0], equal_nan=True)
+    assert not lstm(x)[0].isnan().any()
+
+
+def test_errors_of_gate_dropout(randn):
+    x, seed = randn(4, 3, 2, 5), torch.tensor([7], device=DEVICE)
+    for arguments, message in [
+        ((x.int(), 0.5, seed), "x must be floating-point"),
+        ((randn(5, 3, 2, 5), 0.5, seed), "x must be floating-point"),
+        ((x[0], 0.5, seed), "x must be floating-point"),
+        ((x, -0.1, seed), r"p must be in \[0, 1\], got -0.1"),
+        ((x, math.nan, seed), "p must be in"),
+        ((x, 0.5, seed.float()), "seed must be one int64"),
+        ((x, 0.5, seed[:0]), "seed must be one int64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            gate_dropout(*arguments)
 
 
 @pytest.mark.parametrize(
@@ -551,7 +615,8 @@ def test_agrees_with_keras_on_padded_sequences(randn, monkeypatch):
 @pytest.mark.parametrize("implementation", [1, 2])
 def test_many_units(randn, implementation):
     torch.manual_seed(0)
-    lstm = LSTM(50, 1150, 0.3, 0.3, implementation).to(DEVICE)
+    rates = {"dropout": 0.3, "recurrent_dropout": 0.3}
+    lstm = LSTM(50, 1150, **rates, implementation=implementation).to(DEVICE)
     x = randn(20, 33, 50).requires_grad_()
     grads = []
     for dtype in (torch.float32, torch.float64):
@@ -589,7 +654,8 @@ def test_a_recorded_module(randn, implementation):
 def test_no_bytes_are_kept_for_masks(randn):
     held = []
     for p in (0.0, 0.5):
-        lstm, x = LSTM(64, 128, p, p, 2).to(DEVICE), randn(20, 16, 64).requires_grad_()
+        lstm = LSTM(64, 128, dropout=p, recurrent_dropout=p).to(DEVICE)
+        x = randn(20, 16, 64).requires_grad_()
         lstm(x)
         gc.collect()
         before = torch.cuda.memory_allocated()

@@ -240,6 +240,7 @@ def test_compiles_without_a_graph_break(randn, backend):
         (torch.ones(3).to_sparse(), TypeError, "got torch.sparse_coo"),
         (torch.tensor(1.0), ValueError, "at least one dimension"),
         (torch.empty(2, 3, device="meta"), ValueError, "device type"),
+        (torch.zeros(1).expand(2**30 + 1), ValueError, "at most 2\\^30 columns"),
     ],
 )
 def test_errors(x, error, message):
@@ -253,6 +254,13 @@ def test_errors(x, error, message):
 def test_tensor_on_the_cpu_is_refused():
     with pytest.raises(ValueError, match="got 'cpu'"):
         softmax(torch.ones(3))
+
+
+@pytest.mark.parametrize("n_cols", [32, 20_000])
+def test_rows_that_lie_far_apart(randn, n_cols):
+    memory = torch.empty(2**31 + n_cols, device=DEVICE, dtype=torch.float16)
+    x = memory.as_strided((2, n_cols), (2**31, 1))  # most of it is never touched
+    check(x.copy_(randn(2, n_cols)))
 
 
 @pytest.mark.gpu

@@ -343,11 +343,26 @@ def test_side_by_side_is_one_block(randn):
     [
         ("weight_hh_l0", TypeError, "weights must be a list of names, got the string"),
         (["weight_hh"], ValueError, "weights must be among .* got 'weight_hh'"),
+        (["weight_hh_l0"] * 2, ValueError, "weights must differ from each other"),
     ],
 )
 def test_errors_of_weight_drop(weights, error, message):
     with pytest.raises(error, match=message):
         WeightDrop(make_lstm(), weights)
+
+
+def test_weight_drop_takes_any_iterable_and_any_shape(randn):
+    module = WeightDrop(make_lstm(), (name for name in ["weight_hh_l0"]))
+    assert module.weights == ["weight_hh_l0"]
+    for shape in [(), (0, 3), (3, 0), (2, 3, 4)]:
+        inner = torch.nn.Module()
+        inner.raw = torch.nn.Parameter(torch.ones(shape, device=DEVICE))
+        inner.forward = lambda inner=inner: inner.raw * 1
+        for variational in (False, True):
+            y = WeightDrop(inner, ["raw"], 0.5, variational)()
+            assert y.shape == shape and set(y.flatten().tolist()) <= {0.0, 2.0}
+            if variational and y.numel() > 0 and y.dim() > 1:
+                assert (y.flatten(1) == y.flatten(1)[:, :1]).all()
 
 
 # EmbeddingDropout
@@ -395,6 +410,12 @@ def test_embedding_dropout_modes_and_words():
     torch.testing.assert_close(y[~dropped], 2 * table(words)[~dropped])
     assert module(words[:0]).shape == (0, 3)
     assert torch.equal(same_seed(copy.deepcopy(module), words), same_seed(module, words))
+
+
+def test_a_computed_weight_is_refused():
+    table = torch.nn.utils.parametrizations.weight_norm(torch.nn.Embedding(9, 4))
+    with pytest.raises(ValueError, match="a weight that nothing else computes"):
+        EmbeddingDropout(table)
 
 
 def test_errors_of_embedding_dropout():

@@ -33,6 +33,7 @@ import numbers
 import os
 import sys
 from datetime import date
+from functools import partial
 
 import torch
 
@@ -147,6 +148,7 @@ def step_kernel(
     t,
     n_sequences,
     n_units,
+    n_real,  # of them; the others fill up a row
     threshold,
     scale: tl.float64,
     seed_ptr,
@@ -156,7 +158,7 @@ def step_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < n_units
-    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
+    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_real, 0)
     before = (t * n_sequences + sequence) * n_units + unit
     after = ((t + 1) * n_sequences + sequence) * n_units + unit
 
@@ -186,7 +188,7 @@ def step_kernel(
 
 
 # %%
-# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. No other
+# For a finished sequence all loads give 0, as they do for units that only fill up a row, so i = f = o = 1/2 and g = c = 0, hence h = 0. No other
 # line has to know about lengths. c is float32 even when all else is bfloat16, because it sums over
 # all steps. (The hyperbolic tangent is made from a sigmoid: Triton's own has no interpreter.)
 #
@@ -212,6 +214,7 @@ def step_backward_kernel(
     t,
     n_sequences,
     n_units,
+    n_real,  # of them; the others fill up a row
     threshold,
     scale: tl.float64,
     seed_ptr,
@@ -221,7 +224,7 @@ def step_backward_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < n_units
-    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
+    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_real, 0)
     before = (t * n_sequences + sequence) * n_units + unit
     after = ((t + 1) * n_sequences + sequence) * n_units + unit
     d_cell_ptr += sequence * n_units + unit
@@ -301,6 +304,14 @@ def threshold_and_scale(p):
 @torch.library.custom_op("fast_and_right::gate_dropout", mutates_args=())
 def gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """Multiply (G, T, B, units) by a mask (G, 1, B, units) that is drawn from the seed."""
+    if x.dim() != 4 or not 1 <= len(x) <= 4 or not x.is_floating_point():
+        got = f"{x.dtype} of shape {tuple(x.shape)}"
+        raise ValueError(f"x must be floating-point, (1 to 4, T, B, units), got {got}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    if seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != x.device:
+        got = f"{tuple(seed.shape)} of {seed.dtype} on {seed.device}"
+        raise ValueError(f"seed must be one int64 on {x.device}, got {got}")
     G, n_steps, n_sequences, n_units = x.shape
     if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
         x = x.contiguous()
@@ -358,14 +369,14 @@ def lstm_steps(
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     n_steps, n_sequences, _, n_units = from_input.shape
-    G = len(weight)
+    G, n_real = len(weight), h0.shape[1]
     gates = from_input.clone(memory_format=torch.contiguous_format)
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    h[0], c[0] = h0, c0
+    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
     masked = gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
-    sizes = n_sequences, n_units, *threshold_and_scale(p)
+    sizes = n_sequences, n_units, n_real, *threshold_and_scale(p)
     with torch.cuda.device_of(h):
         for t in range(n_steps if n_sequences > 0 else 0):
             by_mask = gates[t].view(n_sequences, G, -1).transpose(0, 1)
@@ -396,6 +407,7 @@ def lstm_steps_backward(
     h: torch.Tensor,
     c: torch.Tensor,
     lengths: torch.Tensor,
+    n_real: int,
     p: float,
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -406,7 +418,7 @@ def lstm_steps_backward(
     d_cell = torch.zeros_like(c[0])
     d_masked = h.new_zeros(G, n_sequences, n_units)
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
-    sizes = n_sequences, n_units, *threshold_and_scale(p)
+    sizes = n_sequences, n_units, n_real, *threshold_and_scale(p)
     tensors = d_gates, d_cell, d_masked, dh, dc, gates, c, lengths
     with torch.cuda.device_of(h):
         for t in reversed(range(n_steps if n_sequences > 0 else 0)):
@@ -417,28 +429,30 @@ def lstm_steps_backward(
     by_mask = d_gates.view(n_steps * n_sequences, G, weight.shape[1])
     d_weight = torch.bmm(by_mask.permute(1, 2, 0), masked)
     dh0 = gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
-    return d_gates, d_weight, dh0, d_cell + dc[0]
+    dc0 = d_cell + dc[0]
+    return d_gates, d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone()
 
 
 @lstm_steps_backward.register_fake
-def _(dh, dc, gates, weight, h, c, lengths, p, seed):
+def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
     fakes = [
         torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in (gates, weight, h[0], c[0])
+        for t in (gates, weight, h[0, :, :n_real], c[0, :, :n_real])
     ]
     return tuple(fakes)
 
 
 def keep_what_backward_needs(ctx, inputs, output):
-    _, weight, _, _, lengths, ctx.p, seed = inputs
+    _, weight, h0, _, lengths, ctx.p, seed = inputs
     h, c, gates = output
+    ctx.n_real = h0.shape[1]
     ctx.mark_non_differentiable(gates)
     ctx.save_for_backward(gates, weight, h, c, lengths, seed)
 
 
 def lstm_steps_gradient(ctx, dh, dc, _):
     *saved, seed = ctx.saved_tensors
-    return *lstm_steps_backward(dh, dc, *saved, ctx.p, seed), None, None, None
+    return *lstm_steps_backward(dh, dc, *saved, ctx.n_real, ctx.p, seed), None, None, None
 
 
 lstm_steps.register_autograd(lstm_steps_gradient, setup_context=keep_what_backward_needs)
@@ -484,6 +498,7 @@ class LSTM(torch.nn.Module):
         self,
         input_size,
         hidden_size,
+        *,
         dropout=0.0,
         recurrent_dropout=0.0,
         implementation=2,
@@ -532,7 +547,8 @@ class LSTM(torch.nn.Module):
         -------
         output, (h_n, c_n)
             As from ``torch.nn.LSTM``: all outputs, in the layout of the input, and the state
-            at each sequence's end.
+            at each sequence's end. The backward pass reads the outputs: don't change them
+            in place before it.
         """
         packed = input if isinstance(input, PackedSequence) else None
         if packed is not None:
@@ -541,22 +557,30 @@ class LSTM(torch.nn.Module):
                     "lengths must be None for a PackedSequence, which has its own"
                 )
             x, lengths = pad_packed_sequence(packed)
-        else:
+        elif isinstance(input, torch.Tensor):
             x = input
-            if x.dim() != 3 or x.shape[2] != self.input_size:
-                wanted = f"(time, batch, {self.input_size})"
-                if self.batch_first:
-                    wanted = f"(batch, time, {self.input_size})"
-                raise ValueError(f"input must be {wanted}, got shape {tuple(x.shape)}")
+        else:
+            got = type(input).__name__
+            raise TypeError(f"input must be a tensor or a PackedSequence, got {got}")
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            wanted = f"(time, batch, {self.input_size})"
             if self.batch_first:
-                x = x.transpose(0, 1)
+                wanted = f"(batch, time, {self.input_size})"
+            raise ValueError(f"input must be {wanted}, got shape {tuple(x.shape)}")
+        if self.batch_first and packed is None:
+            x = x.transpose(0, 1)
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths)
+            if lengths.numel() and lengths.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
+            lengths = lengths.long()
 
         h, c = self.states(x, hx, lengths)
         output = h[1:]
         if lengths is None:
-            state = h[-1:], c[-1:]
+            state = h[-1:].clone(), c[-1:].clone()
         else:
-            ends = torch.as_tensor(lengths)[None], torch.arange(x.shape[1])[None]
+            ends = lengths[None], torch.arange(x.shape[1])[None]
             state = h[ends], c[ends]
         if packed is not None:
             order = packed.sorted_indices
@@ -575,14 +599,17 @@ class LSTM(torch.nn.Module):
                 f"input must be on device type {DEVICE!r}, got {x.device.type!r}"
             )
         shape = 1, n_sequences, self.hidden_size
-        h0, c0 = (x.new_zeros(shape), x.new_zeros(shape)) if hx is None else hx
+        if hx is None:
+            hx = x.new_zeros(shape), x.new_zeros(shape)
+        elif len(hx) != 2 or not all(isinstance(part, torch.Tensor) for part in hx):
+            raise TypeError("hx must be None or a pair of tensors")
+        h0, c0 = hx
         if h0.shape != shape or c0.shape != shape:
             got = tuple(h0.shape), tuple(c0.shape)
             raise ValueError(f"hx must be two tensors of shape {shape}, got {got}")
         if lengths is None:
             lengths = torch.full((n_sequences,), n_steps, device=x.device)
         else:
-            lengths = torch.as_tensor(lengths)
             if lengths.device.type != "cpu" or lengths.shape != (n_sequences,):
                 got = f"shape {tuple(lengths.shape)} on {lengths.device}"
                 raise ValueError(f"lengths must be {n_sequences} on the CPU, got {got}")
@@ -616,8 +643,8 @@ class LSTM(torch.nn.Module):
         h, c, _ = lstm_steps(
             gates.flatten(2, 3),
             weight_hh.to(gates.dtype).view(G, -1, H + extra),
-            pad(h0[0], (0, extra)).to(gates.dtype),
-            pad(c0[0], (0, extra)).to(torch.promote_types(gates.dtype, torch.float32)),
+            h0[0].to(gates.dtype),
+            c0[0].to(torch.promote_types(gates.dtype, torch.float32)),
             lengths,
             recurrent_dropout,
             seeds[1:],
@@ -785,11 +812,12 @@ def time_of(implementation, n_units, dtype, tf32=True):
     if name == "products":
         step = products_alone(n_units, dtype)
         return triton.testing.do_bench(step, return_mode="median")
+    rates = {"dropout": 0.3, "recurrent_dropout": 0.3}
     make = {
-        "1": lambda: LSTM(400, n_units, 0.3, 0.3, implementation=1),
-        "2": lambda: LSTM(400, n_units, 0.3, 0.3, implementation=2),
+        "1": lambda: LSTM(400, n_units, **rates, implementation=1),
+        "2": lambda: LSTM(400, n_units, **rates, implementation=2),
         "cuDNN": lambda: torch.nn.LSTM(400, n_units, device=DEVICE, dtype=dtype),
-        "loop": lambda: Loop(400, n_units, 0.3, 0.3),
+        "loop": lambda: Loop(400, n_units, **rates),
     }[name]
     module = make().to(DEVICE, dtype)
     x = torch.randn(70, 80, 400, device=DEVICE, dtype=dtype, requires_grad=True)
@@ -872,13 +900,13 @@ elif __name__ == "__main__":
 
 if __name__ == "__main__" and not INTERPRET:
     for name, make in [
-        ("fused, implementation 1", lambda p: LSTM(400, 1150, p, p, implementation=1)),
-        ("fused, implementation 2", lambda p: LSTM(400, 1150, p, p, implementation=2)),
-        ("plain loop", lambda p: Loop(400, 1150, p, p)),
+        ("fused, implementation 1", partial(LSTM, implementation=1)),
+        ("fused, implementation 2", partial(LSTM, implementation=2)),
+        ("plain loop", Loop),
     ]:
         held = []
         for p in (0.0, 0.3):
-            module = make(p).to(DEVICE)
+            module = make(400, 1150, dropout=p, recurrent_dropout=p).to(DEVICE)
             x = torch.randn(70, 80, 400, device=DEVICE, requires_grad=True)
             module(x)
             gc.collect()

@@ -334,7 +334,7 @@ def softmax_tile_kernel(
     y_ptr, x_ptr, n_rows, x_row_stride, n_cols,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    x_row_stride *= ALIGN
+    x_row_stride = tl.cast(x_row_stride, tl.int64) * ALIGN
     n_cols *= ALIGN
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
@@ -427,7 +427,7 @@ def softmax_slice_kernel(
     y_ptr, x_ptr, stats_ptr, n_slices, lag, x_row_stride, n_cols,
     SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    x_row_stride *= ALIGN
+    x_row_stride = tl.cast(x_row_stride, tl.int64) * ALIGN
     n_cols *= ALIGN
     t = tl.atomic_add(stats_ptr + 2 * n_slices, 1, sem="relaxed").to(tl.int32) + 1
     u = t - lag
@@ -646,7 +646,8 @@ softmax_backward_op.register_autograd(backward_of_backward, setup_context=keep_d
 def softmax(x):
     """Softmax over the last dimension.
 
-    Differentiable in reverse mode, also twice, and usable under ``torch.compile``. Two
+    Differentiable in reverse mode, also twice (forward-mode derivatives come out as 0, as
+    of any custom operator), and usable under ``torch.compile``. Two
     calls give the same bits.
 
     Parameters
@@ -667,7 +668,7 @@ def softmax(x):
     TypeError
         If ``x`` is no tensor of one of these dtypes.
     ValueError
-        If ``x`` has no dimension or is on another device.
+        If ``x`` has no dimension, more than 2^30 columns, or is on another device.
 
     Notes
     -----
@@ -686,6 +687,8 @@ def softmax(x):
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.ndim == 0:
         raise ValueError("x must have at least one dimension, got a 0-d tensor")
+    if x.shape[-1] > 2**30:
+        raise ValueError(f"x must have at most 2^30 columns, got {x.shape[-1]}")
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
     return softmax_op(x)

@@ -388,6 +388,8 @@ class LockedDropout(torch.nn.Module):
         self.p = check_p(p)
 
     def forward(self, x):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if x.dim() != 3:
             raise ValueError(
                 f"x must be (time, batch, features), got shape {tuple(x.shape)}"
@@ -415,7 +417,8 @@ class WeightDrop(torch.nn.Module):
     Parameters
     ----------
     module : torch.nn.Module
-        Any module. Its parameters stay its own, under the same names.
+        Any module. Its parameters stay its own, under the same names. (The replicas of
+        ``nn.DataParallel`` have none: use ``DistributedDataParallel``.)
     weights : list of str
         The names of the parameters to drop, such as ``["weight_hh_l0"]``.
     p : float
@@ -443,11 +446,14 @@ class WeightDrop(torch.nn.Module):
             raise TypeError(
                 f"weights must be a list of names, got the string {weights!r}"
             )
+        weights = list(weights)
+        if len(set(weights)) < len(weights):
+            raise ValueError(f"weights must differ from each other, got {weights}")
         names = [name for name, _ in module.named_parameters()]
         for name in weights:
             if name not in names:
                 raise ValueError(f"weights must be among {names}, got {name!r}")
-        self.module, self.weights, self.p = module, list(weights), check_p(p)
+        self.module, self.weights, self.p = module, weights, check_p(p)
         self.variational = variational
 
     def forward(self, *args, **kwargs):
@@ -456,8 +462,9 @@ class WeightDrop(torch.nn.Module):
         parameters = dict(self.module.named_parameters())
         for name in self.weights:
             raw = parameters[name]
-            width = raw[0].numel() if self.variational else 1
-            flat = raw.reshape(1, -1, width)
+            shared = raw.dim() - 1 if self.variational else 0
+            width = raw.shape[raw.dim() - shared :].numel()
+            flat = raw.reshape(1, raw.numel() // max(width, 1), width)
             dropped = shared_dropout(flat, self.p, draw_seed(raw.device))
             parameters[name] = dropped.view(raw.shape)
         if isinstance(self.module, torch.nn.RNNBase):
@@ -497,7 +504,7 @@ class EmbeddingDropout(torch.nn.Module):
     ------
     TypeError, ValueError
         If ``p`` is not a number in [0, 1], or ``embedding`` is not an ``nn.Embedding``, or one
-        with ``sparse`` or ``max_norm``.
+        with ``sparse``, ``max_norm`` or a parametrized weight.
 
     References
     ----------
@@ -511,6 +518,8 @@ class EmbeddingDropout(torch.nn.Module):
             raise TypeError(f"embedding must be an nn.Embedding, got {got}")
         if embedding.sparse or embedding.max_norm is not None:
             raise ValueError("embedding must have sparse=False and max_norm=None")
+        if "weight" not in dict(embedding.named_parameters(recurse=False)):
+            raise ValueError("embedding must have a weight that nothing else computes")
         self.embedding, self.p = embedding, check_p(p)
 
     def forward(self, words):
