@@ -8,7 +8,10 @@ def describe(axes):
         return text.partition("\n")[0]
 
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    text = f"{label(axes.get_ylabel())} over {label(axes.get_xlabel())}"
+    named = " over ".join(
+        filter(None, map(label, (axes.get_ylabel(), axes.get_xlabel())))
+    )
+    text = ": ".join(filter(None, (label(axes.get_title()), named)))
     ends = [
         f"{line.get_label()} {line.get_ydata()[-1]:.4g}"
         for line in lines
@@ -27,7 +30,7 @@ def scraper(block, block_vars, gallery_conf):
     for number in plt.get_fignums():
         figure = plt.figure(number)
         if not figure.get_suptitle():
-            text = ". ".join(describe(axes) for axes in figure.axes)
+            text = ". ".join(filter(None, map(describe, figure.axes)))
             figure.suptitle(text, visible=False)
     return matplotlib_scraper(block, block_vars, gallery_conf)
 
