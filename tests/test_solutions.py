@@ -224,12 +224,12 @@ def test_which_layouts_flatten_without_a_copy():
 def test_the_variance_of_a_count_sketch(solve):
     sketch = solve("sparse_johnson_lindenstrauss", 2).count_sketch
     x = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.5]], device=DEVICE)
-    n, k = 500, 4
+    n, k = 200, 4
     lengths = torch.cat([sketch(x, k, seed).square().sum(1) for seed in range(n)])
     ratios = lengths / x.square().sum()
     share = (x**4).sum() / x.square().sum() ** 2
     assert abs(ratios.mean() - 1) < 5 * (2 / k / n) ** 0.5
-    torch.testing.assert_close(ratios.var(), 2 / k * (1 - share), rtol=0.2, atol=0)
+    torch.testing.assert_close(ratios.var(), 2 / k * (1 - share), rtol=0.4, atol=0)
     alone = torch.zeros(1, 5, device=DEVICE)
     alone[0, 2] = 3
     assert sketch(alone, k, 0).abs().sum() == 3
@@ -299,7 +299,8 @@ def loop_with_masks(lesson, lstm, x, mask_of):
 def compare_with_loop(lesson, implementation, masks):
     torch.manual_seed(0)
     T, B, F, H = 5, 3, 4, 16
-    lstm = lesson.LSTM(F, H, 0.0, 0.4, implementation).to(DEVICE, torch.float64)
+    lstm = lesson.LSTM(F, H, recurrent_dropout=0.4, implementation=implementation)
+    lstm = lstm.to(DEVICE, torch.float64)
     x = torch.randn(T, B, F, device=DEVICE, dtype=torch.float64, requires_grad=True)
     G = 4 if implementation == 1 else 1
     results = []
