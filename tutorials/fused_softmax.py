@@ -177,13 +177,13 @@ def row_softmax(x):
 # Is it right?
 # ------------
 #
-# Choose a shape that a careless kernel gets wrong: 1823 rows and 781 columns, both odd, so that
+# Choose a shape that a careless kernel gets wrong: 183 rows and 781 columns, both odd, so that
 # no block fits. ``assert_close`` raises an error, and so stops this page from being built, if an
 # element differs by more than rounding explains. Its default tolerance would let an absolute error
 # of 1e-5 pass, which is large beside elements of about 1/781; here only the relative error counts.
 
 torch.manual_seed(0)
-x = torch.randn(1823, 781, device=DEVICE)
+x = torch.randn(183, 781, device=DEVICE)
 y = row_softmax(x)
 reference = torch.softmax(x, dim=-1)
 torch.testing.assert_close(y, reference, rtol=1e-5, atol=0)
@@ -702,7 +702,7 @@ def softmax(x):
 # short. The last dimension is what counts, whatever stands before it and however the tensor lies in
 # memory.
 
-for shape in ((1823, 781), (2, 3, 5, 130), (3, 20_001)):
+for shape in ((183, 781), (2, 3, 5, 130), (3, 20_001)):
     x = torch.randn(shape, device=DEVICE)
     torch.testing.assert_close(softmax(x), torch.softmax(x, dim=-1), rtol=1e-5, atol=0)
 transposed = torch.randn(100, 33, device=DEVICE).T

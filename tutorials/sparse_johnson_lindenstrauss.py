@@ -226,7 +226,7 @@ def drawn_product(x, n_out, seed, density, transposed):
     if x.dtype == torch.float32 and not INTERPRET:
         three = drawn_product(in_three(x), n_out, seed, density, transposed)
         return three.view(3, n_vectors, n_out).sum(0)
-    wide = x.element_size() > 2
+    wide = x.dtype == torch.float64
     VECTORS = min(max(triton.next_power_of_2(n_vectors), 16), 64 if wide else 256)
     OUT = 256 if VECTORS == 16 and not transposed else 128
     num_warps = 4 if VECTORS <= 64 else 8
