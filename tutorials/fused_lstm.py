@@ -148,7 +148,6 @@ def step_kernel(
     t,
     n_sequences,
     n_units,
-    n_real,  # of them; the others fill up a row
     threshold,
     scale: tl.float64,
     seed_ptr,
@@ -158,7 +157,7 @@ def step_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < n_units
-    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_real, 0)
+    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
     before = (t * n_sequences + sequence) * n_units + unit
     after = ((t + 1) * n_sequences + sequence) * n_units + unit
 
@@ -188,7 +187,7 @@ def step_kernel(
 
 
 # %%
-# For a finished sequence all loads give 0, as they do for units that only fill up a row, so i = f = o = 1/2 and g = c = 0, hence h = 0. No other
+# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. No other
 # line has to know about lengths. c is float32 even when all else is bfloat16, because it sums over
 # all steps. (The hyperbolic tangent is made from a sigmoid: Triton's own has no interpreter.)
 #
@@ -214,7 +213,6 @@ def step_backward_kernel(
     t,
     n_sequences,
     n_units,
-    n_real,  # of them; the others fill up a row
     threshold,
     scale: tl.float64,
     seed_ptr,
@@ -224,7 +222,7 @@ def step_backward_kernel(
     sequence = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < n_units
-    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_real, 0)
+    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
     before = (t * n_sequences + sequence) * n_units + unit
     after = ((t + 1) * n_sequences + sequence) * n_units + unit
     d_cell_ptr += sequence * n_units + unit
@@ -371,12 +369,13 @@ def lstm_steps(
     n_steps, n_sequences, _, n_units = from_input.shape
     G, n_real = len(weight), h0.shape[1]
     gates = from_input.clone(memory_format=torch.contiguous_format)
+    gates[..., n_real:] = 0  # units that fill up a row; an infinite input made them NaN
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
     h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
     masked = gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
-    sizes = n_sequences, n_units, n_real, *threshold_and_scale(p)
+    sizes = n_sequences, n_units, *threshold_and_scale(p)
     with torch.cuda.device_of(h):
         for t in range(n_steps if n_sequences > 0 else 0):
             by_mask = gates[t].view(n_sequences, G, -1).transpose(0, 1)
@@ -418,7 +417,7 @@ def lstm_steps_backward(
     d_cell = torch.zeros_like(c[0])
     d_masked = h.new_zeros(G, n_sequences, n_units)
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
-    sizes = n_sequences, n_units, n_real, *threshold_and_scale(p)
+    sizes = n_sequences, n_units, *threshold_and_scale(p)
     tensors = d_gates, d_cell, d_masked, dh, dc, gates, c, lengths
     with torch.cuda.device_of(h):
         for t in reversed(range(n_steps if n_sequences > 0 else 0)):

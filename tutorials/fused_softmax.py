@@ -334,7 +334,7 @@ def softmax_tile_kernel(
     y_ptr, x_ptr, n_rows, x_row_stride, n_cols,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    x_row_stride = tl.cast(x_row_stride, tl.int64) * ALIGN
+    x_row_stride *= ALIGN
     n_cols *= ALIGN
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
@@ -427,7 +427,7 @@ def softmax_slice_kernel(
     y_ptr, x_ptr, stats_ptr, n_slices, lag, x_row_stride, n_cols,
     SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    x_row_stride = tl.cast(x_row_stride, tl.int64) * ALIGN
+    x_row_stride *= ALIGN
     n_cols *= ALIGN
     t = tl.atomic_add(stats_ptr + 2 * n_slices, 1, sem="relaxed").to(tl.int32) + 1
     u = t - lag
@@ -593,8 +593,9 @@ def softmax_op(x: torch.Tensor) -> torch.Tensor:
     if x.numel() > 0:
         n_cols = x.shape[-1]
         rows = x.reshape(-1, n_cols)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()  # neighbours in a row must be neighbours in memory
+        # Neighbours in a row must be neighbours in memory, and strides are 32-bit integers.
+        if rows.stride(1) != 1 or rows.stride(0) >= 2**31:
+            rows = rows.contiguous()
         with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
             launch(softmax_tile_kernel, softmax_slice_kernel, y.view(-1, n_cols), rows)
     return y
@@ -1015,8 +1016,9 @@ if __name__ == "__main__" and not INTERPRET:
 #          -    SLICES = triton.cdiv(n_cols, BLOCK)
 #          +    SLICES = triton.cdiv(n_cols + 16 // itemsize - 1, BLOCK)
 #          @@ in softmax_op
-#          -        if rows.stride(1) != 1:
-#          +        if rows.stride(1) != 1 or (rows.stride(0) - n_cols) % (16 // x.element_size()):
+#          -        if rows.stride(1) != 1 or rows.stride(0) >= 2**31:
+#          +        apart = (rows.stride(0) - n_cols) % (16 // x.element_size())
+#          +        if rows.stride(1) != 1 or rows.stride(0) >= 2**31 or apart:
 #
 # References
 # ----------
