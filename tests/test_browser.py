@@ -119,6 +119,11 @@ def test_code_can_be_told_from_its_background(page, theme):
 def test_a_page_does_not_scroll_sideways(visit, width):
     visit.page.set_viewport_size({"width": width, "height": 800})
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    # The theme cuts off what spills over: look for it.
+    spilled = """width => [...document.querySelectorAll("article p, article p code")]
+        .filter(e => !e.closest("table") && e.getBoundingClientRect().right > width)
+        .map(e => e.textContent)"""
+    assert visit.page.evaluate(spilled, width) == []
 
 
 def test_a_page_reads_fully_without_javascript(visit, browser, url):
