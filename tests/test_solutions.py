@@ -323,9 +323,9 @@ def compare_with_loop(lesson, implementation, masks):
 
 def test_without_units_that_stay_zero(changed):
     lesson = changed("fused_lstm", 1, "Is it right?")
-    x = torch.randn(5, 3, 4, device=DEVICE)
-    reference = torch.nn.LSTM(4, 7).to(DEVICE)
-    lstm = lesson.LSTM(4, 7).to(DEVICE)
+    x = torch.randn(5, 3, 4, device=DEVICE, dtype=torch.float64)
+    reference = torch.nn.LSTM(4, 7).to(x)
+    lstm = lesson.LSTM(4, 7).to(x)
     lstm.load_state_dict(reference.state_dict())
     torch.testing.assert_close(lstm(x), reference(x))
 
