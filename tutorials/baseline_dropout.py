@@ -279,10 +279,13 @@ def benchmark(n_elements, p, implementation):
 if __name__ == "__main__":
     if not INTERPRET:
         speed = benchmark.run(show_plots=True, return_df=True)
-        print(tabulate(speed[::3], headers="keys", floatfmt=".0f", showindex=False))
+        rows = speed[::3]
+        print(
+            tabulate(rows, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=12)
+        )
         n_elements, with_bool, with_int32, operators, copy = speed.iloc[-1]
         print(
-            f"\nOf the copy's speed at {n_elements:.0f} elements, this kernel reaches "
+            f"\nOf the copy's speed at {n_elements:.0f} elements, this kernel reaches\n"
             f"{with_bool / copy:.0%} with a bool mask and {with_int32 / copy:.0%} with "
             f"an int32 mask; two PyTorch operators reach {operators / copy:.0%}."
         )

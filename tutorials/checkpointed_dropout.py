@@ -579,9 +579,9 @@ print("resumed after 3 of 6 steps: the losses are the same, bit for bit")
 # What it saves and what it costs
 # -------------------------------
 #
-# Two figures for a growing stack of blocks, 16384 tokens of width 1024 in bfloat16: the most memory
-# that a training step holds beyond parameters and input, by the allocator's own count, and its
-# time.
+# Two figures for a growing number of ``Block`` modules, 16384 tokens of width 1024 in bfloat16: the
+# most memory that a training step holds beyond parameters and input, by the allocator's own count,
+# and its time.
 
 
 def training_step(n_blocks, implementation):

@@ -214,6 +214,10 @@ def speed_of(run, n_bytes):
     return n_bytes / milliseconds / 1e6
 
 
+def show(table):
+    print(tabulate(table, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=12))
+
+
 @triton.testing.perf_report(
     triton.testing.Benchmark(
         x_names=["n_cols"],
@@ -250,8 +254,7 @@ def benchmark(n_rows, n_cols, implementation):
 if __name__ == "__main__":
     if not INTERPRET:
         speed = benchmark.run(show_plots=True, return_df=True)
-        table = speed[speed.n_cols % 1536 == 0]
-        print(tabulate(table, headers="keys", floatfmt=".0f", showindex=False))
+        show(speed[speed.n_cols % 1536 == 0])
         n_cols, fused, torch_softmax, scripted, copy = speed.iloc[-1]
         print(
             f"\nAt {n_cols:.0f} columns this kernel reaches {fused / copy:.0%} of the copy: "
@@ -298,7 +301,7 @@ def row_benchmark(n_elements, n_cols, dtype):
 
 if __name__ == "__main__" and not INTERPRET:
     share = row_benchmark.run(show_plots=True, return_df=True)
-    print(tabulate(share, headers="keys", floatfmt=".0f", showindex=False))
+    show(share)
 
 # %%
 # Three things go wrong.
@@ -723,7 +726,7 @@ print("a row of -inf in torch:", torch.softmax(no_choice, dim=-1).tolist())
 
 x = torch.randn(3, 7, device=DEVICE, dtype=torch.float64, requires_grad=True)
 torch.autograd.gradcheck(softmax, x)
-print(torch.library.opcheck(softmax_op, (x,)))
+print("passed:", *torch.library.opcheck(softmax_op, (x,)))
 
 wide = torch.randn(2, 20_001, device=DEVICE, requires_grad=True)
 g = torch.randn(2, 20_001, device=DEVICE)
@@ -765,7 +768,7 @@ def lag_benchmark(n_elements, lag_MiB, dtype):
 
 if __name__ == "__main__" and not INTERPRET:
     lags = lag_benchmark.run(show_plots=True, return_df=True)
-    print(tabulate(lags, headers="keys", floatfmt=".0f", showindex=False))
+    show(lags)
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     print(f"\nL2 cache of this GPU: {cache / 2**20:.0f} MiB")
 
@@ -826,10 +829,10 @@ def worst_share(table, implementation, limit):
 
 if __name__ == "__main__" and not INTERPRET:
     for speed in width_benchmark.run(show_plots=True, return_df=True):
-        print(tabulate(speed, headers="keys", floatfmt=".0f", showindex=False))
+        show(speed)
         print(
-            f"\nLeast share of the copy: softmax {worst_share(speed, 1, 4)}, "
-            f"torch.softmax {worst_share(speed, 2, 4)},\n"
+            f"\nLeast share of the copy: softmax {worst_share(speed, 1, 4)},\n"
+            f"torch.softmax {worst_share(speed, 2, 4)}, "
             f"torch.compile {worst_share(speed, 3, 4)}.\n"
         )
 
@@ -877,7 +880,7 @@ def backward_benchmark(n_elements, n_cols, dtype, implementation):
 
 if __name__ == "__main__" and not INTERPRET:
     for speed in backward_benchmark.run(show_plots=True, return_df=True):
-        print(tabulate(speed, headers="keys", floatfmt=".0f", showindex=False))
+        show(speed)
         print(f"\nLeast share of the addition: softmax {worst_share(speed, 1, 3)}.\n")
 
 # %%

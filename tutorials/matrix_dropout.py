@@ -422,11 +422,11 @@ elif __name__ == "__main__":
         n_cols, matrix, transposed, torch_dropout, copy = speed.T.values
         wide = n_cols >= 64
         print(
-            f"At 64 columns and up matrix_dropout reaches {(matrix / copy)[wide].min():.0%} "
-            f"to {(matrix / copy)[wide].max():.0%} of the copy, "
+            f"matrix_dropout at 64 columns and up: {(matrix / copy)[wide].min():.0%} to "
+            f"{(matrix / copy)[wide].max():.0%} of the copy,\n"
             f"{(matrix / torch_dropout)[wide].min():.2f} times F.dropout or more, "
-            f"transposed {(transposed / copy)[wide].min():.0%} or more; "
-            f"at 8 columns {(matrix / copy)[0]:.0%}."
+            f"transposed {(transposed / copy)[wide].min():.0%} of the copy or more;\n"
+            f"at 8 columns {(matrix / copy)[0]:.0%} of the copy."
         )
 
 # %%

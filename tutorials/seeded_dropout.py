@@ -446,7 +446,7 @@ assert torch.equal(x.grad, 2.0 * (y != 0))
 
 x = torch.randn(5, 7, device=DEVICE, dtype=torch.float64, requires_grad=True)
 torch.autograd.gradcheck(lambda x: seeded_dropout4x(x, 0.5, seed=7), x)
-print(torch.library.opcheck(seeded_dropout4x_op, (x, 0.5, 7)))
+print("passed:", *torch.library.opcheck(seeded_dropout4x_op, (x, 0.5, 7)))
 
 # %%
 # What is kept for the backward pass
@@ -547,7 +547,10 @@ def benchmark(n_elements, p, dtype, implementation):
 
 if __name__ == "__main__" and not INTERPRET:
     for speed in benchmark.run(show_plots=True, return_df=True):
-        print(tabulate(speed[1::2], headers="keys", floatfmt=".0f", showindex=False))
+        rows = speed[1::2]
+        print(
+            tabulate(rows, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=12)
+        )
         n_elements, seeded4x, seeded, torch_dropout, compiled, copy = speed.iloc[-1]
         print(
             f"\nAt {n_elements:.0f} elements seeded_dropout4x reaches "
@@ -584,10 +587,10 @@ if __name__ == "__main__" and not INTERPRET:
     print(tabulate(rows, headers, floatfmt=("", ".1f", ".2f", ".2f", ".2f")))
 
 # %%
-# On the left of the figures all lines meet, at the few microseconds that any kernel takes. What the
-# figures do not show is how long the CPU takes to launch it, because the GPU is kept busy
-# meanwhile. In a program of small kernels that counts, and an operator in Python takes longer than
-# one in C++:
+# On the left of the figures any kernel takes a few microseconds, whatever it does. A line that lies
+# below the others there is of an operator that the CPU does not launch soon enough to keep the GPU
+# busy. In a program of small kernels that counts, and an operator in Python takes longer to launch
+# than one in C++:
 
 if __name__ == "__main__" and not INTERPRET:
     x = torch.randn(1024, device=DEVICE)

@@ -1,4 +1,8 @@
-"""Text alternatives for the lessons' figures: the axes, the lines, and the values at the right end."""
+"""Text alternatives for the lessons' figures: the axes, the lines, and the values at the right end.
+
+Sphinx-Gallery takes the alternative from a figure's title, seen or not, and appends the titles of
+its axes.
+"""
 
 from sphinx_gallery.scrapers import matplotlib_scraper
 
@@ -8,10 +12,7 @@ def describe(axes):
         return text.partition("\n")[0]
 
     lines = [line for line in axes.get_lines() if not line.get_label().startswith("_")]
-    named = " over ".join(
-        filter(None, map(label, (axes.get_ylabel(), axes.get_xlabel())))
-    )
-    text = ": ".join(filter(None, (label(axes.get_title()), named)))
+    text = " over ".join(filter(None, map(label, (axes.get_ylabel(), axes.get_xlabel()))))
     ends = [
         f"{line.get_label()} {line.get_ydata()[-1]:.4g}"
         for line in lines
@@ -24,7 +25,6 @@ def describe(axes):
 
 
 def scraper(block, block_vars, gallery_conf):
-    """Sphinx-Gallery takes the alternative from a figure's title, seen or not."""
     import matplotlib.pyplot as plt
 
     for number in plt.get_fignums():
