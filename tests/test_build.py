@@ -238,12 +238,46 @@ def test_a_lesson_that_takes_too_long_fails_and_the_others_are_run(project):
     assert project.runs.read_text().split() == ["first", "second"]
 
 
-def test_a_lesson_that_cannot_be_interrupted_ends_the_build_with_its_name(project):
-    hang = "import signal, time\nsignal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})\n"
-    project.write("second", "two", then=hang + "time.sleep(600)\n")
+SLEEP = """
+import signal, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+time.sleep(600)
+"""
+WAIT_FOR_THE_GPU = """
+import torch
+import triton
+import triton.language as tl
+
+@triton.jit
+def wait_for_ever(flag_ptr):
+    while tl.load(flag_ptr, volatile=True) == 0:
+        pass
+
+wait_for_ever[(1,)](torch.zeros(1, dtype=torch.int32, device="cuda"))
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.parametrize(
+    "hang", [SLEEP, pytest.param(WAIT_FOR_THE_GPU, marks=pytest.mark.gpu)]
+)
+def test_a_lesson_that_cannot_be_interrupted_fails_and_the_others_are_run(project, hang):
+    project.write("first", "one", then=hang)
+    status, output = project.build(SPHINXOPTS="-D lesson_limit=10")
+    assert status != 0 and not project.site.exists()
+    assert 'first.py", line ' in output
+    assert "Lessons that failed: first.py (it could not be interrupted" in output
+    assert project.runs.read_text().split() == ["first", "second"]
+    project.write("first", "one")
+    assert project.ran() == ["first"]
+
+
+def test_a_lesson_that_stops_python_ends_the_build_with_its_name(project):
+    hang = SLEEP.replace("time.sleep", "__import__('ctypes').PyDLL(None).sleep")
+    project.write("second", "two", then=hang)
     status, output = project.build(SPHINXOPTS="-D lesson_limit=2")
     assert status != 0 and not project.site.exists()
-    assert 'second.py", line 15 in <module>' in output
+    assert 'second.py", line 16 in <module>' in output
     project.write("second", "two")
     assert project.ran() == ["first", "second"]
 

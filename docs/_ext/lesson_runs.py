@@ -13,9 +13,11 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
+import threading
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -87,14 +89,18 @@ class Watch:
     ``made`` says for each lesson which script made its outputs, and when.
     """
 
-    def __init__(self, folder, limit, made):
-        self.folder = folder
-        self.limit = limit
+    def __init__(self, app, made):  # app itself can't be pickled, as this will be
+        self.folder = scripts(app)[0].parent
+        self.limit = app.config.lesson_limit
+        self.record, self.made_with = record(app), made_with(app)
+        self.cwd = os.getcwd()
         self.made = made
 
     def __call__(self, gallery_conf, fname, when):
         if when == "after":
             signal.alarm(0)
+            self.timer.cancel()
+            del self.timer
             faulthandler.cancel_dump_traceback_later()
             return
         script = digest(self.folder / fname)
@@ -105,13 +111,28 @@ class Watch:
             torch.cuda.reset_peak_memory_stats()
         signal.signal(signal.SIGALRM, self.stop)
         signal.alarm(self.limit)
-        # Python can't interrupt a lesson that waits for the GPU: then the build ends.
+        # Python can't interrupt a lesson that waits for the GPU: the build starts again without it.
+        self.timer = threading.Timer(1.2 * self.limit, self.start_again, [fname])
+        self.timer.daemon = True
+        self.timer.start()
+        # And if Python itself does not get on, the build ends.
         faulthandler.dump_traceback_later(
-            1.2 * self.limit, exit=True, file=sys.__stderr__
+            1.5 * self.limit, exit=True, file=sys.__stderr__
         )
 
     def stop(self, signum, frame):
         raise TimeoutError(f"it took longer than lesson_limit, {self.limit} seconds")
+
+    def start_again(self, fname):
+        faulthandler.dump_traceback(sys.__stderr__)
+        del self.made[fname]
+        self.save()
+        os.environ["HUNG_LESSONS"] = " ".join([*hung(), fname])
+        os.chdir(self.cwd)
+        os.execv(sys.executable, sys.orig_argv)
+
+    def save(self):
+        self.record.write_text(json.dumps(self.made_with | {"lessons": self.made}))
 
 
 class GpuMemory:
@@ -121,6 +142,11 @@ class GpuMemory:
         result = run()
         # Lessons reset the statistics of their own; what is reserved includes what was in use.
         return torch.cuda.max_memory_reserved() / 1e6, result
+
+
+def hung():
+    """The lessons that the build before this one, in the same process, could not end."""
+    return os.environ.get("HUNG_LESSONS", "").split()
 
 
 def before_the_lessons(app):
@@ -139,8 +165,8 @@ def before_the_lessons(app):
                 file.unlink()
 
     conf = app.config.sphinx_gallery_conf
-    watch = Watch(scripts(app)[0].parent, app.config.lesson_limit, lessons)
-    conf["reset_modules"] = (*conf["reset_modules"], watch)
+    conf["ignore_pattern"] = "|".join([conf["ignore_pattern"], *map(re.escape, hung())])
+    conf["reset_modules"] = (*conf["reset_modules"], Watch(app, lessons))
     conf["reset_modules_order"] = "both"
     if on_gpu():
         conf["show_memory"] = GpuMemory()
@@ -149,23 +175,23 @@ def before_the_lessons(app):
 def after_the_lessons(app):
     """Write down what made the outputs, and stop if a page would not show its script's."""
     conf = app.config.sphinx_gallery_conf
-    lessons = conf["reset_modules"][-1].made
+    watch = conf["reset_modules"][-1]
     failing = {
         Path(script).name: trace.strip().splitlines()[-1]
         for script, trace in conf["failing_examples"].items()
     }
+    failing |= dict.fromkeys(
+        hung(), "it could not be interrupted: see above where it hung"
+    )
     stale = [
         script.name
         for script in scripts(app)
-        if lessons.get(script.name, {}).get("script") != digest(script)
+        if watch.made.get(script.name, {}).get("script") != digest(script)
     ]
-    for name in {
-        *failing,
-        *stale,
-    }:  # run it again next time, even if it is as it once was
+    for name in {*failing, *stale}:  # run it next time, even if it is as it once was
         (gallery(app) / f"{name}.md5").unlink(missing_ok=True)
-        lessons.pop(name, None)
-    record(app).write_text(json.dumps(made_with(app) | {"lessons": lessons}))
+        watch.made.pop(name, None)
+    watch.save()
     if failing:
         reasons = ", ".join(f"{name} ({reason})" for name, reason in failing.items())
         sys.exit(f"No page was written. Lessons that failed: {reasons}")
