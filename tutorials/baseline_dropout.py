@@ -281,7 +281,7 @@ if __name__ == "__main__":
         speed = benchmark.run(show_plots=True, return_df=True)
         rows = speed[::3]
         print(
-            tabulate(rows, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=12)
+            tabulate(rows, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=14)
         )
         n_elements, with_bool, with_int32, operators, copy = speed.iloc[-1]
         print(

@@ -215,7 +215,7 @@ def speed_of(run, n_bytes):
 
 
 def show(table):
-    print(tabulate(table, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=12))
+    print(tabulate(table, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=14))
 
 
 @triton.testing.perf_report(

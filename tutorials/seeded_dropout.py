@@ -549,7 +549,7 @@ if __name__ == "__main__" and not INTERPRET:
     for speed in benchmark.run(show_plots=True, return_df=True):
         rows = speed[1::2]
         print(
-            tabulate(rows, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=12)
+            tabulate(rows, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=14)
         )
         n_elements, seeded4x, seeded, torch_dropout, compiled, copy = speed.iloc[-1]
         print(

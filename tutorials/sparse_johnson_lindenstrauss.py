@@ -792,7 +792,7 @@ if INTERPRET:
     print("No figure: speed is measured on a GPU only, and this run had none.")
 elif __name__ == "__main__":
     times = benchmark.run(show_plots=True, return_df=True)
-    print(tabulate(times, "keys", floatfmt=".2f", showindex=False, maxheadercolwidths=12))
+    print(tabulate(times, "keys", floatfmt=".2f", showindex=False, maxheadercolwidths=14))
     print("\nThe time, as a share of the stored matrix's:")
     for n_vectors, third, auto, matrix, csr, _ in times.values:
         print(
