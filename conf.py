@@ -65,7 +65,6 @@ sphinx_gallery_conf = {
     "write_computation_times": False,
     "remove_config_comments": True,
     "show_signature": False,
-    "image_srcset": ["2x"],
     "image_scrapers": ("figures.sign_lesson", "alternatives"),
     "reference_url": {"triton": None},  # None: this site
     "reset_modules": ("matplotlib", "figures.style"),

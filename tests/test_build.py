@@ -206,16 +206,6 @@ print(type(plt.subplots()[1].set_xlabel(f"elements\\n{MACHINE}")).__name__)
 
 def test_pages_and_figures_say_what_made_them(project, monkeypatch):
     project.write("first", "one", then=FIGURE)
-    # Sphinx-Gallery saves PNG; of an SVG the words can be read.
-    with (project.folder / "conf.py").open("a") as conf:
-        conf.write(
-            'sphinx_gallery_conf["image_scrapers"] = ("figures.sign_lesson", "svg")\n'
-        )
-    (project.folder / "docs/_ext/svg.py").write_text(
-        "from sphinx_gallery.scrapers import matplotlib_scraper\n"
-        "def _get_sg_image_scraper():\n"
-        "    return lambda *parts: matplotlib_scraper(*parts, format='svg')\n"
-    )
     status, output = project.build(COMMIT="c0ffee")
     assert status == 0, output
     assert "by the script as it stands, on 20" in project.page("first")

@@ -124,7 +124,7 @@ for axis, mask, title in zip(
 ):
     axis.imshow(
         mask.numpy(),
-        cmap="gray_r" if title == "wrong" else "Blues",
+        cmap="Reds" if title == "wrong" else "Blues",
         interpolation="nearest",
     )
     axis.set(title=title, xticks=[], yticks=[])

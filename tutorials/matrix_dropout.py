@@ -289,7 +289,7 @@ def matrix_dropout(x, p, seeds):
 # The masks follow the rows
 # -------------------------
 #
-# Eight samples, each in a colour of its own; what is dropped is white. On the right the same batch
+# Eight samples, each in a colour of its own; what is dropped is blank. On the right the same batch
 # after shuffling, seeds along with the samples.
 
 import matplotlib.pyplot as plt

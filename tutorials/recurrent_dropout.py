@@ -285,11 +285,12 @@ def picture(target, shape, seed):
     return mask.flatten(2).flatten(0, 1)
 
 
+colours = plt.matplotlib.colors.ListedColormap(["#dddddd", "#0072b2"])
 figure, axes = plt.subplots(3, 4, figsize=(9, 6.6), layout="constrained")
 for seed, (name, (target, shape, *_)) in enumerate(FORMS.items(), start=20):
     axis = axes.flat[seed - 20]
     image = picture(target, shape, seed).cpu() != 0
-    axis.imshow(image, cmap="Blues", vmin=-0.3, vmax=1.3, aspect="auto")
+    axis.imshow(image, cmap=colours, vmin=0, vmax=1, aspect="auto")
     axis.set_title(f"{name}\n{shape}", fontsize=9)
     axis.set(xticks=[2.5, 8.5, 14.5, 20.5], xticklabels="ifgo", yticks=[])
     axis.set_ylabel({"G": "inputs of U", "V": "words"}.get(shape[0], "steps"))
@@ -298,7 +299,7 @@ for seed, (name, (target, shape, *_)) in enumerate(FORMS.items(), start=20):
     for step in (1, 2, 3) if "B" in shape else ():
         axis.axhline(3 * step - 0.5, color="white", linewidth=2)
 axes.flat[-1].axis("off")
-figure.suptitle("Dark is kept, light is dropped")
+figure.suptitle("Blue is kept, grey is dropped")
 plt.show()
 
 # %%

@@ -32,7 +32,7 @@ def scraper(block, block_vars, gallery_conf):
         if not figure.get_suptitle():
             text = ". ".join(filter(None, map(describe, figure.axes)))
             figure.suptitle(text, visible=False)
-    return matplotlib_scraper(block, block_vars, gallery_conf)
+    return matplotlib_scraper(block, block_vars, gallery_conf, format="svg")
 
 
 def _get_sg_image_scraper():
