@@ -251,7 +251,7 @@ print(tabulate(rows, headers=["", "dtype", "MiB"], floatfmt=".0f"))
         styles=[
             ("#d55e00", "-"),
             ("#d55e00", ":"),
-            ("#0072b2", "-"),
+            ("#cc79a7", "-"),
             ("#555555", "--"),
         ],
         xlabel=f"elements, float32\n{MACHINE}",
@@ -293,9 +293,10 @@ if __name__ == "__main__":
         print("No figure: speed is measured on a GPU only, and this run had none.")
 
 # %%
-# With an int32 mask three tensors of equal size move where two would do, which leaves at best two
-# thirds of the copy. A bool mask moves 9 bytes where 8 would do. And the mask had to be drawn and
-# written in the first place, which this figure does not even count.
+# With an int32 mask three tensors of equal size move where two would do, which leaves about two
+# thirds of the copy. A bool mask moves 9 bytes where 8 would do. PyTorch's two operators move 17,
+# since the product goes to memory and back. And the mask had to be drawn and written in the first
+# place, which this figure does not even count.
 #
 # **Trouble with repetition.** Drawing the mask changes the state of a random number generator. A
 # computation that is run again draws another one, unless somebody saved that state and put it

@@ -56,8 +56,8 @@ print(MACHINE)
 #
 # The backward pass needs the activations of the forward pass, so PyTorch keeps them, layer upon
 # layer. ``checkpoint(function, x)`` keeps only ``x``. When the backward pass arrives, it runs
-# ``function(x)`` again, and takes the activations from the second run. Memory is saved, and one
-# forward pass is paid for it.
+# ``function(x)`` again, and takes the activations from the second run. Memory is saved, and at most
+# one forward pass is paid for it: the second run stops when it has what the backward pass needs.
 #
 # ``checkpoint_sequential`` does this for a chain of layers cut into segments. The last segment is
 # not checkpointed: its backward pass comes first, so its activations would not be gone for long.
@@ -190,8 +190,8 @@ except AssertionError as error:
 #
 # :ref:`seeded dropout` makes the mask a function of a seed: no generator, no state, nothing to
 # save. Here are its kernel and its operator again. One thing is new. The seed comes in a tensor of
-# one integer, on the CPU: ``torch.compile`` compiles again for every new Python number that it
-# meets, but not for what is in a tensor.
+# one integer, on the CPU: ``torch.compile`` compiles again for every new value of a Python number
+# that a module holds, but not for what is in a tensor.
 
 
 @triton.jit
@@ -258,9 +258,9 @@ seeded_dropout4x.register_autograd(backward, setup_context=keep_p_and_seed)
 # -------------
 #
 # A seed helps only if the second run gets the same one. Where should it come from? Try every source
-# that comes to mind: with the state preserved and without, as it is and under ``torch.compile``. Its
-# backend ``aot_eager`` does all of its work but the last stage, which generates code: that takes
-# a minute for these few rows, and what replays is settled before.
+# that comes to mind: with the state preserved and without, as it is and under ``torch.compile``.
+# The backend ``aot_eager`` does all of its work but the last stage, which generates code: that
+# takes a minute for these few rows, and what replays is settled before.
 
 
 class Counter:
@@ -490,8 +490,8 @@ def seeded(layer):
 # ------------
 #
 # The gradients must be those of the run without checkpointing, bit for bit, though no state is
-# preserved: plainly, with the outputs of dropout kept by selective checkpointing, nested, under
-# ``checkpoint_sequential``, and compiled.
+# preserved: plainly, with the outputs of dropout kept by selective checkpointing, nested, and under
+# ``checkpoint_sequential``. Compiled, they agree up to rounding.
 
 
 def gradients(run, model, x):
@@ -645,6 +645,10 @@ elif __name__ == "__main__":
         print()
 
 # %%
+# Checkpointed, each further block adds little more than its input. Plain, it adds its activations,
+# and with F.dropout a mask. The second run leaves out each block's last product, whose result
+# nobody asks for, so it costs less than a forward pass.
+#
 # What ``preserve_rng_state`` itself costs shows around small functions. It is time of the CPU, for
 # each checkpointed call, forward and backward together.
 
@@ -674,8 +678,8 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Compare F.dropout with its state preserved, which it needs, and the seeded one without. An
-# operator that is written in Python takes the CPU longer to launch, which can use up what it saves.
-# As long as the CPU stays ahead of the GPU, neither shows.
+# operator that is written in Python takes the CPU longer to launch, which can cost more than it
+# saves. As long as the CPU stays ahead of the GPU, neither shows.
 #
 # Exercises
 # ---------

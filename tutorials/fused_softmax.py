@@ -7,8 +7,9 @@ Fused softmax
 A softmax needs very little arithmetic. What it costs is trips to memory, and PyTorch's operators
 make more of them than they must when you write softmax by hand. In this lesson you write one GPU
 kernel that makes a single trip, check it against PyTorch, and measure how close it comes to a plain
-copy of the same bytes, which is as fast as memory goes. Then you let the measurements lead you to a
-softmax that holds that speed from narrow rows to rows of a million columns, forward and backward.
+copy of the same bytes, which is about as fast as memory goes. Then you let the measurements lead
+you to a softmax that stays near that speed at most widths, from narrow rows to rows of a million
+columns, forward and backward.
 
 The lesson has two halves. The first, through *Is it fast?*, is all that the next lessons ask of you;
 the second, from *Where it loses*, is about what a simple kernel leaves undone, and can wait.
@@ -266,7 +267,8 @@ if __name__ == "__main__":
 
 # %%
 # The distance of TorchScript from the copy is the price of the extra trips that you counted above.
-# Whatever is missing between the kernel and the copy is all that a better kernel could still gain.
+# Whatever is missing between the kernel and the copy is about all that a better kernel could still
+# gain. (About: the copy, too, is only a kernel, and a line may lie a little above it.)
 # On the left of the figure the matrix is small. Launching a kernel takes a few millionths of a
 # second whatever it does, and there even the copy is held back by that.
 #
@@ -367,8 +369,8 @@ def softmax_tile_kernel(
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
 # But a slice can be finished only when all slices of its row have been read. Reading everything
-# once for the sums and once more for the result takes three trips instead of two: at best two
-# thirds of the copy's speed.
+# once for the sums and once more for the result takes three trips instead of two: about two thirds
+# of the copy's speed.
 #
 # Unless the second read is not a trip. Between the multiprocessors and the memory lies a cache,
 # *L2*, of tens of megabytes, which keeps what was used last. So read a slice for the second time
@@ -536,13 +538,14 @@ def backward_slice_kernel(
 # A row of up to 64 KiB, in the dtype that is computed with, leaves registers for the computation:
 # it goes into a tile. A wider one is cut. Two sizes remain, and both are found by measuring.
 #
-# - A tile or slice has 4096 elements for each input. Larger ones leave fewer programs that can run
-#   at the same time; smaller ones spend more on starting, waiting and ending.
+# - A tile has 4096 elements, or one row if that is more; a slice has 4096, and 8192 in the backward
+#   pass. Larger ones leave fewer programs that can run at the same time; smaller ones spend more on
+#   starting, waiting and ending.
 # - ``LAG_BYTES`` are read between the two reads of a slice. Too few, and programs wait for numbers
 #   that are still being computed; too many, and the slice has left the cache. You will see that
 #   below.
 #
-# Where ``ALIGN`` is 1, every element is loaded by itself, and half as many elements are faster.
+# Where ``ALIGN`` is 1, every element is loaded by itself, and slices half as long are faster.
 
 TILE = 4096
 LAG_BYTES = 5 * 2**20
@@ -838,7 +841,7 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Where ``torch.compile`` keeps up, that is good news: write a kernel by hand where it does not, or
-# where you want to know why.
+# where you want to know why. Where a line of PyTorch's jumps, another of its kernels takes over.
 #
 # The lowest point is the odd width. There each row begins somewhere else between two multiples
 # of 16 bytes, and every element is loaded by itself. What takes the time then is not the bytes but
@@ -884,6 +887,10 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"\nLeast share of the addition: softmax {worst_share(speed, 1, 3)}.\n")
 
 # %%
+# In float32 the widest rows cost something, too. A slice waits until its whole row has been read, so
+# a row comes on top of ``LAG_BYTES``, and with two inputs it is twice as long: slices begin to leave
+# the cache before they are read again.
+#
 # All of this is the GPU's time. The CPU has to launch the kernel, and in a program of many small
 # kernels that counts, too. The last of these is the launch alone, without the checks and without
 # what makes it an operator of PyTorch:
@@ -915,9 +922,10 @@ if __name__ == "__main__" and not INTERPRET:
 # .. note::
 #    Try it first.
 #
-#    1. The maximum and the sum, which all kernels have: the logarithm of y is x - m - log(s).
+#    1. The maximum and the sum, which all forward kernels have: the logarithm of y is x - m - log(s).
 #       Taking the logarithm of the finished softmax would not do: at -1e4 it is 0, whose logarithm
-#       is -inf. The other kernels change in the same way.
+#       is -inf. The other forward kernels change in the same way, and the gradient becomes
+#       g - exp(y) times the sum of g.
 #
 #       .. code-block:: python
 #

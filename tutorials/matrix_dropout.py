@@ -366,7 +366,8 @@ print("any layout, checkpointed, compiled: the same result, and the same gradien
 # Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. At 8 columns of bfloat16
 # the seed adds a quarter to the bytes of its row, at 64 columns a thirtieth. From there on the
 # limit is a copy. The figure shows GB/s of ``x`` and ``y`` alone, so what the seeds cost shows on
-# the left.
+# the left. In bfloat16 more is lost there: 8 columns are no multiple of 16, so the compiler can't
+# tell that rows begin at round addresses, and threads fetch one element at a time.
 
 
 def picoseconds(run, n):
@@ -434,9 +435,11 @@ elif __name__ == "__main__":
 # -------------------------------
 #
 # Now give a transposed matrix the tile of a contiguous one, a single row of 2048 elements, each far
-# from the next. The result is the same, bit for bit. The time is not: each element brings 32 bytes
-# from memory, and most of them are fetched in vain. The last column is what many functions do about
-# strides: ``x.contiguous()`` first.
+# from the next. The result is the same, bit for bit. The time is not: each element asks for a piece
+# of 32 bytes, and most of it is fetched in vain, though the cache saves some of it for neighbouring
+# rows. The last column is what many functions do about strides: ``x.contiguous()`` first. It takes
+# longest: that copy, too, has a side with elements far apart, and then everything is read and
+# written once more.
 
 if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate

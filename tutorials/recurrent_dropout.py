@@ -79,12 +79,12 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 FORMS = {  # what it acts on, the mask's shape, when it is drawn, when it is scaled, source
-    "naive": ("x or h", "T B H", "step", "1/(1-p)", "Zaremba"),
+    "naive": ("x or output", "T B H", "step", "1/(1-p)", "Zaremba"),
     "Gal, tied": ("x and h", "1 B H", "sequence", "at test", "Gal"),
     "Gal, untied": ("x and h", "1 B G H", "sequence", "at test", "Gal"),
     "Keras impl. 1": ("x and h", "1 B G H", "call", "1/(1-p)", "Keras 2, 3"),
     "Keras impl. 0, 2": ("x and h", "1 B H", "call", "1/(1-p)", "Keras 2"),
-    "LockedDropout": ("x or h", "1 B H", "call", "1/(1-p)", "Merity"),
+    "LockedDropout": ("x or output", "1 B H", "call", "1/(1-p)", "Merity"),
     "WeightDrop": ("U", "G H H", "call", "1/(1-p)", "Merity"),
     "variational=True": ("U", "G H 1", "call", "1/(1-p)", "awd-lstm-lm"),
     "embedding dropout": ("words", "V 1", "call", "1/(1-p)", "Gal"),
@@ -115,7 +115,7 @@ print(tabulate(rows, headers))
 #   once, before the loop starts. All sequences of the batch share the mask, which is the price.
 # - **Semeniuta** drops only what is added to the memory, and **zoneout** replaces a new value by
 #   the old one instead of by zero, so neither erases the memory at a rate of p at each step, as a
-#   naive mask on the state would.
+#   naive mask on c would.
 # - "At test" says that training multiplies by 0 or 1, and testing by the mean, 1 - p. (Zoneout
 #   mixes old and new in that proportion.) Dividing by 1 - p in training instead leaves testing
 #   alone, and is what code does today.
@@ -650,7 +650,8 @@ elif __name__ == "__main__":
 
 # %%
 # With few units the GPU is done with a step before the CPU has launched the next, and what you see
-# is the CPU's time. And on the GPU recorded below, 1150 units take longer than 1536: tensor cores
+# is the CPU's time: there the lines waver, and their order means little. In bfloat16 PyTorch's LSTM
+# lays its weights side by side in each call, too, so only float32 shows what that costs. On the GPU recorded below, 1150 units take longer than 1536: tensor cores
 # want rows that begin at multiples of 16 bytes, and 1150 numbers of either dtype are none.
 # :ref:`fused lstm` does something about both.
 #
@@ -660,6 +661,8 @@ elif __name__ == "__main__":
 # AWD-LSTM (Merity et al., 2017) uses all three at once. In order: embedding dropout, locked
 # dropout, LSTM layers with dropped weights and locked dropout between them, locked dropout, and an
 # output layer that shares the embedding's weights. Here it is, small, with a switch for each part.
+# Naive stands for ``nn.Dropout`` in the place of ``LockedDropout``: between layers, never on the
+# state.
 
 from itertools import pairwise
 

@@ -587,9 +587,13 @@ if __name__ == "__main__" and not INTERPRET:
     print(tabulate(rows, headers, floatfmt=("", ".1f", ".2f", ".2f", ".2f")))
 
 # %%
+# (``torch.compile`` stores no mask here, but draws as ``seeded_dropout`` does, one word of four. So
+# in bfloat16 it waits for arithmetic, too.)
+#
 # On the left of the figures any kernel takes a few microseconds, whatever it does. A line that lies
 # below the others there is of an operator that the CPU does not launch soon enough to keep the GPU
-# busy. In a program of small kernels that counts, and an operator in Python takes longer to launch
+# busy. Such a line jumps, between sizes and between runs: sometimes the CPU is in time, sometimes
+# not. In a program of small kernels that counts, and an operator in Python takes longer to launch
 # than one in C++:
 
 if __name__ == "__main__" and not INTERPRET:

@@ -54,12 +54,13 @@ print(MACHINE)
 # -----------------------
 #
 # Take n points in a space of any dimension, and an error :math:`\varepsilon` that you can live
-# with. Johnson and Lindenstrauss proved in 1984 that a random linear map to
+# with. Johnson and Lindenstrauss proved in 1984 that a number of dimensions in proportion to
+# :math:`\ln n / \varepsilon^2` is enough. With Achlioptas's constants, a random linear map to
 #
-# .. math:: k \ge \frac{4 \ln n}{\varepsilon^2 / 2 - \varepsilon^3 / 3}
+# .. math:: k \ge \frac{(4 + 2 \beta) \ln n}{\varepsilon^2 / 2 - \varepsilon^3 / 3}
 #
-# dimensions very likely keeps *all* squared distances between them to within a factor of
-# :math:`1 \pm \varepsilon`. The dimension that you start from does not appear: a million features
+# dimensions keeps *all* squared distances between them to within a factor of
+# :math:`1 \pm \varepsilon`, with a probability of at least :math:`1 - n^{-\beta}`. The dimension that you start from does not appear: a million features
 # or a billion, k is the same.
 #
 # The map is a multiplication by a matrix R of random entries, one row for each feature and one
@@ -275,10 +276,10 @@ def drawn_product(x, n_out, seed, density, transposed):
 # What overlapping would hide is hidden otherwise: ``x`` is loaded before the entries are drawn, and
 # several small programs share a multiprocessor, so that one draws while another waits.
 #
-# Tensor cores multiply numbers of 16 bits. A float32 has 24 significant bits and a bfloat16 has 8,
+# Tensor cores are fastest with numbers of 16 bits or fewer. A float32 has 24 significant bits and a bfloat16 has 8,
 # with the same range of exponents, so a float32 is the sum of three bfloat16, exactly. As the
-# entries of R lose nothing in bfloat16, three projections add up to the one of float32. (float64
-# goes to the ordinary units, which take much longer.)
+# entries of R lose nothing in bfloat16, three projections add up to the one of float32. (A product
+# in float64 takes much longer.)
 
 
 def in_three(x):
@@ -713,8 +714,8 @@ print(
 #
 # A million features, 4096 components, bfloat16. The matrix would have 2^32 entries and 8.6 GB.
 # However few vectors you multiply with it, a stored matrix has to be read once, and that is the
-# limit of the stored product: the dashed line is the time in which a copy moves as many bytes. The
-# other way to store a sparse matrix is to keep only what is not zero, row after row, in the format
+# limit of the stored product: the dashed line is the time in which a copy moves as many bytes. (A
+# product only reads, and can be a little faster than a copy, which writes as well.) The other way to store a sparse matrix is to keep only what is not zero, row after row, in the format
 # CSR, as scikit-learn does: at "auto" that is one entry in 1024.
 
 import warnings
@@ -806,11 +807,13 @@ elif __name__ == "__main__":
 # on: a kernel can keep sums for 256 vectors only, and the next 256 draw the matrix again. That is
 # where a stored matrix pays, if you have the room for it. At "auto" so little of the matrix is left
 # that CSR needs little room, and mostly wins: drawing it anew then saves the making and keeping of
-# it, but seldom time.
+# it, but seldom time. And with 16 vectors "auto" takes less time than with one: when their number is
+# a multiple of 16 a thread loads eight neighbours at once, otherwise one at a time.
 #
 # And the room? Here is what each takes beyond input and result, by the allocator's own count: the
 # partial sums, and at "auto" the transposed copy of ``x``. The transpose product costs no matrix
-# either.
+# either, but its result is large, and is held in float32 before it is rounded. At "auto" it takes
+# longer than the product, because it adds to memory where the other only reads.
 
 if __name__ == "__main__" and not INTERPRET:
     x = torch.randn(64, FEATURES, device=DEVICE, dtype=torch.bfloat16)
@@ -977,8 +980,9 @@ def check_count_sketch(answer):
 #
 #    3. Time ``drawn_product`` and ``visited_product`` with ``milliseconds``. The first takes the
 #       same time at any density; the second's grows with the density, and once more for every 64
-#       vectors, while the first holds sums for 256. So expect the place to move to sparser matrices
-#       as the vectors get more. But the two draw different matrices: who moves it changes the
+#       vectors, while the first holds sums for 256. With few vectors the loads of the second are
+#       short, so expect the place to move to denser matrices at first, and to sparser ones as the
+#       vectors get more than 16. But the two draw different matrices: who moves it changes the
 #       results at the densities in between.
 #
 # References

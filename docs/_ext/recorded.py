@@ -121,7 +121,7 @@ class Recorded(SphinxDirective):
             csv = f"/results/{machine['folder'].name}/{name}.csv"
             caption = (
                 "``{name}``, recorded on {date} at commit {commit}; the runs differ by "
-                "{spread:.1%} in the middle. :download:`CSV <{csv}>`"
+                "{spread:.1%} in the median. :download:`CSV <{csv}>`"
             ).format(name=name, spread=spread, csv=csv, **machine["benchmarks"][name])
             text += figure(machine, name, caption) + numbers(machine, name)
         return names and text
@@ -146,6 +146,7 @@ class RecordedFigure(SphinxDirective):
 def standing(machine, name):
     """Where this benchmark's kernel does worst beside its limit, and beside its best peer."""
     benchmark, speed = machine["benchmarks"][name], load(machine, name)
+    speed = speed.mask(load(machine, name, ", spread") > 0.1 * speed)  # noise
     if benchmark["unit"] in ("ms", "MiB"):  # the less, the better
         speed = 1 / speed
     colours = pd.Series({line: style[0] for line, style in benchmark["lines"].items()})
