@@ -19,13 +19,18 @@ def style(gallery_conf, fname):
     matplotlib.rcParams.update(LOOK)
 
 
+def legend_above(axis):
+    """Where it hides no line."""
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+
+
 def sign(figure, text):
     """Write small below a figure what made it."""
     figure.text(0.9, -0.04, text, fontsize="x-small", color="#555555", ha="right")
 
 
 def sign_lesson(block, block_vars, gallery_conf):
-    """A scraper for Sphinx-Gallery that takes nothing, and signs with the lesson's ``MACHINE``."""
+    """A scraper that takes nothing, but signs with the lesson's ``MACHINE``, and moves legends."""
     import matplotlib.pyplot as plt
 
     machine = block_vars["example_globals"].get("MACHINE")
@@ -33,6 +38,8 @@ def sign_lesson(block, block_vars, gallery_conf):
         figure = plt.figure(number)
         for axis in figure.axes:  # perf_report has no other place for it
             axis.set_xlabel(axis.get_xlabel().removesuffix(f"\n{machine}"))
+            if axis.get_legend() and not axis.get_title():
+                legend_above(axis)
         sign(figure, f"{machine}, commit {COMMIT}")
     return ""
 
@@ -59,7 +66,7 @@ def draw(table, benchmark, machine, path):
         axis.set(xlabel=benchmark["xlabel"], ylabel=benchmark["unit"])
         axis.set_xscale("log" if benchmark["x_log"] else "linear")
         axis.set_yscale("log" if benchmark["y_log"] else "linear")
-        axis.legend()
+        legend_above(axis)
         made = "{gpu}, torch {torch}, triton {triton}, {date}, commit {commit}"
         sign(figure, made.format(**machine | benchmark))
         figure.savefig(path, dpi=110)
