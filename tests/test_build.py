@@ -310,7 +310,7 @@ def put_on_record(project, gpu):
     names = ["ours", "x * y", "copy"]
     rows = [
         ["n", *(f"{name} (GB/s)" for name in names)],
-        [512, 1, 1000, 2000, 1, 0, 0],  # noise
+        [512, 300, 1000, 1000, 60, 0, 0],  # much noise
         [1024, 500, 1000, 2000],
         [4096, 2900, 1234, 3000],
     ]
@@ -364,7 +364,7 @@ def test_a_lesson_ends_with_what_is_on_record_for_it(project):
     assert timing in section.find_all_next(class_="sphx-glr-timing")
 
     page = BeautifulSoup((project.site / "benchmarks.html").read_text(), "html.parser")
-    worst = ["first.speed", "ours", "25%", "copy, at 1024", "0.50", "x * y, at 1024"]
+    worst = ["first.speed", "ours", "25%", "copy, at 1024", "0.30*", "x * y, at 512"]
     table = page.select_one("#where-we-lose table")
     assert [cell.text for cell in table.select("td")] == worst
     text = " ".join(page.text.split())

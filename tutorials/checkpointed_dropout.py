@@ -259,8 +259,8 @@ seeded_dropout4x.register_autograd(backward, setup_context=keep_p_and_seed)
 #
 # A seed helps only if the second run gets the same one. Where should it come from? Try every source
 # that comes to mind: with the state preserved and without, as it is and under ``torch.compile``.
-# The backend ``aot_eager`` does all of its work but the last stage, which generates code: that
-# takes a minute for these few rows, and what replays is settled before.
+# The backend ``aot_eager`` does all of its work but the last stage, which generates code. That takes
+# longest, and what replays is settled before it.
 
 
 class Counter:

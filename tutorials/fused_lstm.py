@@ -886,9 +886,9 @@ elif __name__ == "__main__":
 # %%
 # Compare the solid orange line with the solid blue one: the fused loop *with* recurrent dropout,
 # and cuDNN's LSTM without. Mind that cuDNN's is called as usual, not recorded: where its line is
-# flat, it shows the CPU's time. (In bfloat16 PyTorch also copies its weights together at each call,
-# and warns of it.) Launched from Python, the fused loop (dotted) is slower than cuDNN; the graph is
-# what puts it ahead.
+# flat, it most likely shows the CPU's time. (In bfloat16 PyTorch also copies its weights together at
+# each call, and warns of it.) Launched from Python, the fused loop (dotted) is slower than cuDNN;
+# the graph is what puts it ahead.
 #
 # Then compare it with the dashed grey line: the difference is what the kernels between the products
 # cost. Implementation 1 makes four products in the place of one, with the same arithmetic. Whether

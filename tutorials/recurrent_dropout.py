@@ -650,10 +650,11 @@ elif __name__ == "__main__":
 
 # %%
 # With few units the GPU is done with a step before the CPU has launched the next, and what you see
-# is the CPU's time: there the lines waver, and their order means little. In bfloat16 PyTorch's LSTM
-# lays its weights side by side in each call, too, so only float32 shows what that costs. On the GPU recorded below, 1150 units take longer than 1536: tensor cores
-# want rows that begin at multiples of 16 bytes, and 1150 numbers of either dtype are none.
-# :ref:`fused lstm` does something about both.
+# is the CPU's time. It wavers, and there ``WeightDrop`` costs a good deal: it has more to launch. In
+# bfloat16 PyTorch's LSTM lays its weights side by side in each call, too, so only float32 shows what
+# that costs. On the GPU recorded below, 1150 units take longer than 1536: tensor cores want rows
+# that begin at multiples of 16 bytes, and 1150 numbers of either dtype are none. :ref:`fused lstm`
+# does something about both.
 #
 # A language model
 # ----------------

@@ -60,8 +60,8 @@ print(MACHINE)
 # .. math:: k \ge \frac{(4 + 2 \beta) \ln n}{\varepsilon^2 / 2 - \varepsilon^3 / 3}
 #
 # dimensions keeps *all* squared distances between them to within a factor of
-# :math:`1 \pm \varepsilon`, with a probability of at least :math:`1 - n^{-\beta}`. The dimension that you start from does not appear: a million features
-# or a billion, k is the same.
+# :math:`1 \pm \varepsilon`, with a probability of at least :math:`1 - n^{-\beta}`. The dimension that
+# you start from does not appear: a million features or a billion, k is the same.
 #
 # The map is a multiplication by a matrix R of random entries, one row for each feature and one
 # column for each of the k *components*. Most of the entries may be zero: let each be +a with
@@ -715,8 +715,9 @@ print(
 # A million features, 4096 components, bfloat16. The matrix would have 2^32 entries and 8.6 GB.
 # However few vectors you multiply with it, a stored matrix has to be read once, and that is the
 # limit of the stored product: the dashed line is the time in which a copy moves as many bytes. (A
-# product only reads, and can be a little faster than a copy, which writes as well.) The other way to store a sparse matrix is to keep only what is not zero, row after row, in the format
-# CSR, as scikit-learn does: at "auto" that is one entry in 1024.
+# product only reads, and can be a little faster than a copy, which writes as well.) The other way
+# to store a sparse matrix is to keep only what is not zero, row after row, in the format CSR, as
+# scikit-learn does: at "auto" that is one entry in 1024.
 
 import warnings
 

@@ -146,7 +146,7 @@ class RecordedFigure(SphinxDirective):
 def standing(machine, name):
     """Where this benchmark's kernel does worst beside its limit, and beside its best peer."""
     benchmark, speed = machine["benchmarks"][name], load(machine, name)
-    speed = speed.mask(load(machine, name, ", spread") > 0.1 * speed)  # noise
+    noise = load(machine, name, ", spread") / speed
     if benchmark["unit"] in ("ms", "MiB"):  # the less, the better
         speed = 1 / speed
     colours = pd.Series({line: style[0] for line, style in benchmark["lines"].items()})
@@ -165,7 +165,9 @@ def standing(machine, name):
             row += ["", ""]
         else:
             x = share.idxmin()
-            row += [form.format(share[x]), f"{others.loc[x].idxmax()}, at {x}"]
+            best = others.loc[x].idxmax()
+            star = "*" if noise.loc[x, [ours[0], best]].sum() > 0.1 else ""
+            row += [form.format(share[x]) + star, f"{best}, at {x}"]
     return row
 
 
