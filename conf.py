@@ -6,8 +6,6 @@ import warnings
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from sphinx_gallery.sorting import ExplicitOrder
-
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "docs" / "_ext"))
 
@@ -31,6 +29,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "notfound.extension",
     "bibliography",
+    "course",
     "fold",
     "glossary_links",
     "lesson_runs",
@@ -43,30 +42,29 @@ exclude_patterns = ["_ext", "_templates"]
 templates_path = ["docs/_templates"]
 nitpicky = True
 
+# The reading order. A lesson that is not named here comes last.
+course = {
+    "Start": ["fused_softmax", "baseline_dropout", "seeded_dropout"],
+    "Make it yours": ["checkpointed_dropout", "matrix_dropout"],
+    "At the limit": [
+        "softmax_tiles",
+        "softmax_slices",
+        "sparse_johnson_lindenstrauss",
+        "very_sparse_projection",
+    ],
+    "Recurrent": ["recurrent_dropout", "language_model", "fused_lstm", "masked_lstm"],
+}
+
 sphinx_gallery_conf = {
     "examples_dirs": "../tutorials",
     "gallery_dirs": "tutorials",
-    # The reading order. A lesson that is not named here comes last.
-    "within_subsection_order": ExplicitOrder(
-        [
-            "fused_softmax.py",
-            "baseline_dropout.py",
-            "seeded_dropout.py",
-            "checkpointed_dropout.py",
-            "matrix_dropout.py",
-            "sparse_johnson_lindenstrauss.py",
-            "recurrent_dropout.py",
-            "fused_lstm.py",
-            "*",
-        ]
-    ),
+    "copyfile_regex": r"index\.rst",
     "filename_pattern": "",
     "download_all_examples": False,
     "write_computation_times": False,
     "remove_config_comments": True,
     "show_signature": False,
     "image_scrapers": ("figures.sign_lesson", "alternatives"),
-    "reference_url": {"triton": None},  # None: this site
     "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
     "first_notebook_cell": "%pip install --quiet "
@@ -95,6 +93,7 @@ html_sidebars = {
         "install",
         "glossary",
         "bibliography",
+        "course",
         "404",
         "reference/*",
     )

@@ -19,9 +19,20 @@ def style(gallery_conf, fname):
     matplotlib.rcParams.update(LOOK)
 
 
-def legend_above(axis):
-    """Where it hides no line."""
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+def label_ends(axis):
+    """Name each line at its right end, in its colour, and let a linear axis begin at 0."""
+    if axis.get_yscale() == "linear":
+        axis.set_ylim(bottom=0)
+    lines = sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1])
+    to_share = axis.transData + axis.transAxes.inverted()
+    height = None
+    for line in lines:
+        _, y = to_share.transform((line.get_xdata()[-1], line.get_ydata()[-1]))
+        height = y if height is None else max(y, height + 0.055)  # names don't overlap
+        axis.text(
+            1.01, height, line.get_label(), color=line.get_color(), va="center",
+            transform=axis.transAxes,
+        )  # fmt: skip
 
 
 def sign(figure, text):
@@ -30,7 +41,7 @@ def sign(figure, text):
 
 
 def sign_lesson(block, block_vars, gallery_conf):
-    """A scraper that takes nothing, but signs with the lesson's ``MACHINE``, and moves legends."""
+    """A scraper that takes nothing, but signs with the lesson's ``MACHINE``, and names lines at their ends."""
     import matplotlib.pyplot as plt
 
     machine = block_vars["example_globals"].get("MACHINE")
@@ -39,7 +50,8 @@ def sign_lesson(block, block_vars, gallery_conf):
         for axis in figure.axes:  # perf_report has no other place for it
             axis.set_xlabel(axis.get_xlabel().removesuffix(f"\n{machine}"))
             if axis.get_legend() and not axis.get_title():
-                legend_above(axis)
+                axis.get_legend().remove()
+                label_ends(axis)
         sign(figure, f"{machine}, commit {COMMIT}")
     return ""
 
@@ -66,7 +78,7 @@ def draw(table, benchmark, machine, path):
         axis.set(xlabel=benchmark["xlabel"], ylabel=benchmark["unit"])
         axis.set_xscale("log" if benchmark["x_log"] else "linear")
         axis.set_yscale("log" if benchmark["y_log"] else "linear")
-        legend_above(axis)
+        label_ends(axis)
         made = "{gpu}, torch {torch}, triton {triton}, {date}, commit {commit}"
         sign(figure, made.format(**machine | benchmark))
         figure.savefig(path, dpi=110)

@@ -23,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from course import lessons
 from docutils import nodes
 from figures import COMMIT
 from sphinx.util.docutils import SphinxDirective
@@ -46,11 +47,8 @@ def gallery(app):
 
 def scripts(app):
     """The lessons' scripts, in reading order."""
-    conf = app.config.sphinx_gallery_conf
-    folder = Path(app.srcdir) / conf["examples_dirs"]
-    return sorted(
-        folder.glob("*.py"), key=lambda path: conf["within_subsection_order"](path.name)
-    )
+    folder = Path(app.srcdir) / app.config.sphinx_gallery_conf["examples_dirs"]
+    return [folder / f"{lesson.name}.py" for lesson in lessons(app)]
 
 
 def record(app):

@@ -1,10 +1,12 @@
 """Show the recorded benchmarks of ``docs/results``: nothing is measured here.
 
-Each lesson that has some ends with them, and ``benchmarks.md`` with those of all lessons. The
-directive ``recorded-figure`` shows one figure, ``recorded-summary`` a table of all, and the role
-``recorded`` one number.
+A lesson shows a recorded benchmark where its code runs it: open on a page that was built without a
+GPU, and folded where a GPU has just drawn the figure itself. ``benchmarks.md`` ends with those of
+all lessons. The directive ``recorded-figure`` shows one figure, ``recorded-summary`` a table of
+all, and the role ``recorded`` one number.
 """
 
+import ast
 import json
 import re
 import shutil
@@ -14,11 +16,15 @@ from textwrap import indent
 
 import figures
 import pandas as pd
+from course import lessons
 from docutils import nodes
+from docutils.parsers.rst import directives
+from lesson_runs import on_gpu
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from tabulate import tabulate
 
 OURS, LIMIT = ["#d55e00", "-"], "#555555"
+CELL = "\n.. GENERATED FROM PYTHON SOURCE LINES"  # begins each cell of a lesson
 
 
 def machines(app):
@@ -34,11 +40,6 @@ def load(machine, name, quantity=""):
 
 def lesson_of(name):
     return name.partition(".")[0]
-
-
-def reading_order(app):
-    index = (Path(app.srcdir) / "tutorials/index.rst").read_text()
-    return re.findall(r"^   /tutorials/(\w+)$", index, flags=re.MULTILINE)
 
 
 def number(value):
@@ -100,31 +101,37 @@ def numbers(machine, name):
 
 
 class Recorded(SphinxDirective):
-    """The recorded benchmarks of a lesson, in a tab for each GPU."""
+    """Recorded benchmarks, in a tab for each GPU."""
 
     required_arguments = 1
+    final_argument_whitespace = True
+    option_spec = {"folded": directives.flag}
 
     def run(self):
-        return self.parse_text_to_nodes(tabs(self.env, self.benchmarks))
+        names = self.arguments[0].split()
+        text = tabs(self.env, lambda machine: benchmarks(machine, names))
+        if "folded" in self.options:
+            title = "The same benchmark, as recorded on other machines"
+            text = f".. dropdown:: {title}\n\n{indent(text, '   ')}"
+        return self.parse_text_to_nodes(text)
 
-    def benchmarks(self, machine):
-        names = [n for n in machine["benchmarks"] if lesson_of(n) == self.arguments[0]]
-        text = (
-            "Recorded on an {gpu}: driver {driver}, CUDA {cuda}, torch {torch}, triton "
-            "{triton}, Python {python}. A copy reaches {copy_limit} there. Each number is the "
-            "median of {runs} runs.\n\n"
-        ).format(**machine)
-        for name in names:
-            spread = (
-                (load(machine, name, ", spread") / load(machine, name)).stack().median()
-            )
-            csv = f"/results/{machine['folder'].name}/{name}.csv"
-            caption = (
-                "``{name}``, recorded on {date} at commit {commit}; the runs differ by "
-                "{spread:.1%} in the median. :download:`CSV <{csv}>`"
-            ).format(name=name, spread=spread, csv=csv, **machine["benchmarks"][name])
-            text += figure(machine, name, caption) + numbers(machine, name)
-        return names and text
+
+def benchmarks(machine, names):
+    """Figures, captions and tables, as reStructuredText."""
+    text = ""
+    for name in names:
+        if name not in machine["benchmarks"]:
+            continue
+        spread = (load(machine, name, ", spread") / load(machine, name)).stack().median()
+        csv = f"/results/{machine['folder'].name}/{name}.csv"
+        caption = (
+            "Recorded on {date} on an {gpu} (driver {driver}, torch {torch}, triton {triton}, "
+            "commit {commit}): medians of {runs} runs, which differ by {spread:.1%} in the "
+            "median. A copy of 2²⁸ float32 elements reaches {copy_limit} there. "
+            ":download:`CSV <{csv}>`"
+        ).format(**machine | machine["benchmarks"][name] | {"spread": spread, "csv": csv})
+        text += figure(machine, name, caption) + numbers(machine, name)
+    return text
 
 
 class RecordedFigure(SphinxDirective):
@@ -199,32 +206,50 @@ class Number(SphinxRole):
         return [nodes.inline("", text, classes=["recorded"])], []
 
 
-def append_recorded(app, docname, source):
-    """Let lessons end with their benchmarks, before the downloads."""
-    found = {
-        lesson_of(name) for machine in machines(app) for name in machine["benchmarks"]
-    }
-    lesson = docname.removeprefix("tutorials/")
-    if docname != lesson and lesson in found:
-        title = "Recorded benchmarks"
-        section = f"{title}\n{'-' * len(title)}\n\n.. recorded:: {lesson}\n\n"
-        text, timing, footer = source[0].rpartition("\n.. rst-class:: sphx-glr-timing")
-        source[0] = f"{text}\n{section}{timing}{footer}"
-    if docname == "benchmarks":
-        for lesson in reading_order(app):
-            if lesson in found:
-                script = (Path(app.srcdir) / f"tutorials/{lesson}.py").read_text()
-                title = re.search(r"\n(.+)\n=+\n", script)[1]
-                source[0] += (
-                    f"\n## {title}\n\nThe lesson: {{doc}}`tutorials/{lesson}`.\n\n"
-                    f"```{{eval-rst}}\n.. recorded:: {lesson}\n```\n"
-                )
+def drawn_by(script):
+    """The functions of a lesson that draw benchmarks: for each, a pattern of their names."""
+    patterns = {}
+    for function in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        for part in map(ast.walk, getattr(function, "decorator_list", ())):
+            for word in part:
+                if isinstance(word, ast.keyword) and word.arg == "plot_name":
+                    pieces = getattr(word.value, "values", [word.value])
+                    patterns[function.name] = "".join(
+                        re.escape(piece.value)
+                        if isinstance(piece, ast.Constant)
+                        else ".+"
+                        for piece in pieces
+                    )
+    return patterns
+
+
+def show_recorded(app, docname, source):
+    """Put a lesson's recorded benchmarks behind the code that runs them."""
+    on_record = dict.fromkeys(
+        name for machine in machines(app) for name in machine["benchmarks"]
+    )
+    for lesson in lessons(app):
+        names = [name for name in on_record if lesson_of(name) == lesson.name]
+        if docname == lesson.docname:
+            folded = "   :folded:\n" if on_gpu() else ""
+            cells = source[0].split(CELL)
+            for function, pattern in drawn_by(Path(app.srcdir, f"{docname}.py")).items():
+                here = [n for n in names if re.fullmatch(f"{lesson.name}.{pattern}", n)]
+                for i, cell in enumerate(cells):
+                    if here and f"{function}.run(" in cell:
+                        cells[i] += f".. recorded:: {' '.join(here)}\n{folded}\n"
+            source[0] = CELL.join(cells)
+        if docname == "benchmarks" and names:
+            source[0] += (
+                f"\n## {lesson.title}\n\nThe lesson: {{doc}}`{lesson.docname}`.\n\n"
+                f"```{{eval-rst}}\n.. recorded:: {' '.join(names)}\n```\n"
+            )
 
 
 def setup(app):
     # Sphinx-Gallery runs the lessons with priority 500.
     app.connect("builder-inited", draw_figures, priority=950)
-    app.connect("source-read", append_recorded)
+    app.connect("source-read", show_recorded)
     app.add_directive("recorded", Recorded)
     app.add_directive("recorded-figure", RecordedFigure)
     app.add_directive("recorded-summary", RecordedSummary)

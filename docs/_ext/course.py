@@ -1,0 +1,140 @@
+"""The course: its lessons in reading order, by parts, with their minutes and what they need.
+
+The setting ``course`` has the order. What is said of a lesson comes from its docstring: a label, a
+title, a paragraph whose first sentence is shown alone, and a last paragraph ``Needs: ...``. A
+lesson that no part names comes last. The directive ``course`` lists the lessons.
+"""
+
+import ast
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from textwrap import indent
+
+from docutils import nodes
+from sphinx.util.docutils import SphinxDirective
+
+WORDS_A_MINUTE, LINES_A_MINUTE = 180, 15
+
+
+@dataclass(frozen=True)
+class Lesson:
+    name: str
+    part: str
+    number: int
+    label: str
+    title: str
+    promise: str
+    needs: str
+    picture: str
+
+    @property
+    def docname(self):
+        return f"tutorials/{self.name}"
+
+
+def describe(path, part, number):
+    script = path.read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse(script))
+    label, title, body = re.match(r"\.\. _(.+):\n\n(.+)\n=+\n\n((?s:.+))", text).groups()
+    promise = re.match(r".+?[.?!](?=\s|$)", " ".join(body.split("\n\n")[0].split()))[0]
+    needs = re.search(r"^Needs: (.+)\Z", body, re.MULTILINE | re.DOTALL)
+    picture = re.search(r"sphinx_gallery_thumbnail_path = '(.+)'", script)
+    return Lesson(
+        path.stem, part, number, label, title, promise,
+        " ".join(needs[1].split()) if needs else "", picture[1] if picture else "",
+    )  # fmt: skip
+
+
+def lessons(app):
+    """All lessons, in reading order."""
+    folder = Path(app.srcdir) / app.config.sphinx_gallery_conf["examples_dirs"]
+    scripts = {path.stem: path for path in sorted(folder.glob("*.py"))}
+    order = [(n, part) for part, names in app.config.course.items() for n in names]
+    named = [name for name, _ in order]
+    order += [(name, "More") for name in scripts if name not in named]
+    return [
+        describe(scripts[name], part, number)
+        for number, (name, part) in enumerate(order, 1)
+        if name in scripts
+    ]
+
+
+def minutes(app, lesson):
+    """How long the page takes to read: its prose, its code and what the code printed.
+
+    Folded answers don't count.
+    """
+    page = (Path(app.srcdir) / f"{lesson.docname}.rst").read_text(encoding="utf-8")
+    page = page.partition("\n.. rst-class:: sphx-glr-timing")[0]
+    page = re.sub(
+        r"^\.\. note::\n +Try it first\..*?(?=^\S)", "", page,
+        flags=re.MULTILINE | re.DOTALL,
+    )  # fmt: skip
+    words = lines = 0
+    for block in page.split(".. GENERATED FROM PYTHON SOURCE LINES")[1:]:
+        code = re.findall(r"^ .*\S", block, re.MULTILINE)
+        if "\n.. code-block:: Python\n" in block:
+            lines += len(code)
+        else:
+            words += len(block.split())
+    words += len(page.partition(".. GENERATED FROM")[0].partition("\n===")[2].split())
+    return round(words / WORDS_A_MINUTE + lines / LINES_A_MINUTE)
+
+
+def card(app, lesson, titles):
+    # A card is a link as a whole, and can hold no other.
+    needs = re.sub(":ref:`(.+?)`", lambda label: f"*{titles[label[1]]}*", lesson.needs)
+    picture = (
+        f"   :img-top: /{lesson.picture.lstrip('/')}\n   :img-alt:\n"
+        if lesson.picture
+        else ""
+    )
+    return (
+        f".. grid-item-card:: {lesson.number}. {lesson.title}\n"
+        f"   :link: /{lesson.docname}\n   :link-type: doc\n{picture}\n"
+        f"   {lesson.promise}\n\n"
+        f"   .. card-footer::\n\n"
+        f"      {minutes(app, lesson)} minutes. Needs: {needs}\n"
+    )
+
+
+class Course(SphinxDirective):
+    """The lessons, part by part: cards, and the toctree."""
+
+    option_spec = {"toctree": lambda _: True}
+
+    def run(self):
+        app, text = self.env.app, ""
+        found, level = lessons(app), 2 if "toctree" in self.options else 3
+        titles = {lesson.label: lesson.title for lesson in found}
+        for part in dict.fromkeys(lesson.part for lesson in found):
+            chosen = [lesson for lesson in found if lesson.part == part]
+            cards = "\n".join(card(app, lesson, titles) for lesson in chosen)
+            text += f".. rubric:: {part}\n   :heading-level: {level}\n\n"
+            text += f".. grid:: 1 1 2 3\n   :gutter: 3\n\n{indent(cards, '   ')}\n\n"
+            if "toctree" in self.options:
+                names = "\n".join(f"   /{lesson.docname}" for lesson in chosen)
+                text += f".. toctree::\n   :hidden:\n   :caption: {part}\n\n{names}\n\n"
+        return self.parse_text_to_nodes(text)
+
+
+def say_what_it_takes(app, doctree):
+    """Below a lesson's title: its place in the course, its minutes, what it needs."""
+    found = {lesson.docname: lesson for lesson in lessons(app)}
+    lesson = found.get(app.env.docname)
+    if lesson:
+        text = (
+            f"{lesson.part} · lesson {lesson.number} of {len(found)}"
+            f" · {minutes(app, lesson)} minutes"
+        )
+        title = next(doctree.findall(nodes.title))
+        title.parent.insert(1, nodes.paragraph(text=text, classes=["course"]))
+
+
+def setup(app):
+    app.add_config_value("course", {}, "env", dict)
+    app.add_directive("course", Course)
+    # After lesson_runs has said what ran the page: this stands above it.
+    app.connect("doctree-read", say_what_it_takes, priority=600)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
