@@ -45,7 +45,13 @@ nitpicky = True
 # The reading order. A lesson that is not named here comes last.
 course = {
     "Start": ["fused_softmax", "baseline_dropout", "seeded_dropout"],
-    "Make it yours": ["checkpointed_dropout", "matrix_dropout"],
+    "Make it yours": [
+        "inside_a_kernel",
+        "debugging",
+        "operators",
+        "checkpointed_dropout",
+        "matrix_dropout",
+    ],
     "At the limit": [
         "softmax_tiles",
         "softmax_slices",

@@ -339,3 +339,50 @@ def test_a_new_recurrent_mask_at_each_step(changed, implementation):
 def test_semeniutas_dropout(changed):
     lesson = changed("fused_lstm", 3, "Is it right?")
     compare_with_loop(lesson, 2, lambda drawn: (torch.ones_like(drawn), drawn[0]))
+
+
+def test_spills_with_sixteen_warps(solve):
+    assert solve("inside_a_kernel", 1).first == 65536
+
+
+def test_load_instructions_of_float16(solve):
+    loads = solve("inside_a_kernel", 2).loads
+    assert loads == [["ld.global.v4.b32"], ["ld.global.b16"], ["ld.global.b16"]]
+
+
+def test_what_a_launch_wrote(solve):
+    solution = solve("debugging", 1)
+
+    def launch(programs, mask_store=True):
+        x = torch.ones(1000, device=DEVICE)
+        return lambda y: solution.copy_kernel[(programs,)](y, x, 1000, 256, mask_store)
+
+    assert solution.writes_only(launch(4), 1000)
+    assert not solution.writes_only(launch(3), 1000)
+    assert not solution.writes_only(launch(4, mask_store=False), 1000)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_a_softmax_that_overflows(solve):
+    solution = solve("debugging", 2)
+    x = torch.zeros(3, 781, device=DEVICE)
+    x[1, 0], x[2, 0] = 80, 100
+    y = torch.empty_like(x)
+    solution.unshifted_kernel[(3,)](y, x, 781, 1024)
+    assert y.isnan().any(1).tolist() == [False, False, True]
+
+
+def test_a_function_with_a_forward_mode(solve):
+    solution = solve("operators", 1)
+    found = [
+        solution.outcome(check, solution.WithForwardMode.apply)
+        for check in (solution.gradient, solution.forward_mode, solution.compiled)
+    ]
+    assert found == ["yes", "yes", "error"]
+
+
+def test_incoming_gradients_of_any_layout(solve):
+    solution = solve("operators", 2)
+    for name, call in solution.WAYS.items():
+        if name != "bare":
+            assert solution.any_gradient(call)
