@@ -1,16 +1,34 @@
-"""Fold notes whose first paragraph is "Try it first.", so that nobody meets a solution unawares."""
+"""Fold what a reader opens when they want it: answers to exercises, benchmarks, public functions.
+
+Answers are notes whose first paragraph is "Try it first.". Nobody meets a solution unawares.
+"""
 
 from docutils import nodes
+
+
+def details(summary, content):
+    opening = f"<details><summary>{summary}</summary>"
+    closing = nodes.raw("", "</details>", format="html")
+    return [nodes.raw("", opening, format="html"), *content, closing]
 
 
 def fold(app, doctree):
     for note in list(doctree.findall(nodes.note)):
         first, *rest = note.children
         if first.astext() == "Try it first.":
-            opening = f"<details><summary>{first.astext()}</summary>"
-            opening = nodes.raw("", opening, format="html")
-            closing = nodes.raw("", "</details>", format="html")
-            note.replace_self([opening, *rest, closing])
+            note.replace_self(details("Try it first. The answers are in here.", rest))
+    for code in list(doctree.findall(nodes.literal_block)):
+        section, length = code.parent, len(code.astext().splitlines())
+        if code.get("language") != "Python" or not isinstance(section, nodes.section):
+            continue
+        if section[0].astext() == "As a public function":
+            what = "checks of the arguments, documentation and registration"
+        elif "@triton.testing.perf_report" in code.astext():
+            what = "the benchmark"
+        else:
+            continue
+        copy = code.deepcopy()
+        code.replace_self(details(f"{length} lines of code: {what}", [copy]))
 
 
 def setup(app):
