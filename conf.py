@@ -59,6 +59,7 @@ course = {
         "very_sparse_projection",
     ],
     "Recurrent": ["recurrent_dropout", "language_model", "fused_lstm", "masked_lstm"],
+    "On many GPUs": ["block_dropout", "sharded_dropout"],
 }
 
 sphinx_gallery_conf = {

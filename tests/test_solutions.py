@@ -386,3 +386,39 @@ def test_incoming_gradients_of_any_layout(solve):
     for name, call in solution.WAYS.items():
         if name != "bare":
             assert solution.any_gradient(call)
+
+
+def test_blocks_of_many_ranks_are_apart(solve):
+    solution = solve("block_dropout", 1)
+    assert solution.all_apart and not solution.apart(7, 7)
+    assert solution.covered == 2**39
+
+
+def test_ranks_with_different_seeds_are_noticed(solve):
+    import torch.distributed as dist
+
+    check = solve("sharded_dropout", 1).check_same_seed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        check(7), check(-(2**62))
+    finally:
+        dist.destroy_process_group()
+
+
+def test_samples_that_are_divided_as_well_change_no_loss(tmp_path):
+    from sharded_dropout import WORKER, functions_as_a_module, train_on
+
+    worker = WORKER
+    diff = code("sharded_dropout", 2, "diff").splitlines()
+    old = [line[1:] for line in diff if line.startswith("-")]
+    new = [line[1:] for line in diff if line.startswith("+")]
+    for before, after in zip(old, new, strict=True):
+        assert before in worker
+        worker = worker.replace(before, after)
+    (tmp_path / "functions.py").write_text(functions_as_a_module())
+    (tmp_path / "worker.py").write_text(WORKER)
+    one = train_on(1, 0, 3, tmp_path)
+    (tmp_path / "worker.py").write_text(worker)
+    four = train_on(4, 0, 3, tmp_path)
+    losses = torch.tensor([[float(loss) for loss in run.split()] for run in (one, four)])
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-6, atol=2e-6)

@@ -1,0 +1,482 @@
+"""
+.. _block dropout:
+
+One mask on any number of GPUs
+==============================
+
+Train the same model on one GPU and on four, and ordinary dropout gives you two different runs. Each
+GPU draws from a generator of its own, so the mask depends on how the tensor was divided, and with it
+every loss. Then a run can't be repeated on another machine, and you can't tell a bug from another
+mask. In this lesson each GPU draws its part of *one* mask, bit for bit, without asking the others.
+
+You will learn
+
+- why masks depend on the number of GPUs, and what it takes that they don't;
+- how a kernel finds the place of each of its elements in a tensor that no GPU holds as a whole;
+- how to check that the parts fit together, also for a tensor that no machine could hold.
+
+Needs: PyTorch, :ref:`seeded dropout` and :ref:`operators`.
+"""
+
+# %%
+# Setting up
+# ----------
+#
+# The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
+# :ref:`fused softmax` explains them.
+
+# sphinx_gallery_thumbnail_path = '_static/sharded_places.svg'
+import os
+import sys
+from datetime import date
+
+import torch
+
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
+if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+import triton.language as tl
+
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
+MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
+
+# %%
+# The problem
+# -----------
+#
+# A large model is divided among GPUs: each of them, called a *rank*, holds a block of a tensor and
+# computes with it. Here is dropout of a matrix of 16 x 32 whose columns are divided among 1, 2 and
+# 4 ranks, in ways that are in use, and in the one that you will build. The ranks are simulated one
+# after another.
+#
+# - Every rank has the same seed. Then all ranks draw the same numbers, and the blocks are copies
+#   of each other: the mask repeats.
+# - Every rank has a seed of its own. Megatron-LM takes the seed plus 2718 plus the rank. The
+#   blocks behave as independent, but a block of another size, or of another rank, is another mask.
+# - PyTorch's ``DTensor`` lets each rank begin at another place of one stream, which follows from
+#   its shard. The blocks behave as independent, and the mask still depends on how the tensor is
+#   divided (an open issue, see the references).
+# - The mask is a function of the seed and of the element's place in the whole tensor. This is
+#   yours.
+
+
+def generator_mask(seed, size):
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) >= 0.5
+
+
+# %%
+# The last way needs random numbers that have no state, and :ref:`seeded dropout` has them.
+# **Element i of the whole tensor, in row-major order, is kept when word i mod 4 of Philox, with
+# the seed as key and the counter ⌊i / 4⌋, is at least p · 2³², rounded.** The sentence knows
+# nothing of ranks. All that a rank needs is to know i for each of its elements.
+#
+# .. image:: /_static/sharded_places.svg
+#    :alt: A matrix of 4 by 8 elements, numbered row by row from 0 to 31. One rank holds columns 4 to 7 of rows 0 and 1: places 4 to 7 and 12 to 15. Each group of four places shares one call of Philox.
+#
+# The kernel
+# ----------
+#
+# A block is a piece of the tensor along each dimension: it begins at ``offsets`` and has the shape
+# of ``x``. Its elements lie in *rows*, runs of neighbours in the last dimension. Within a row the
+# places count up one by one, so only the first place of each row has to be computed, and that is
+# where the divisions are: one for each dimension and row, and none for an element.
+#
+# Four places share a call of Philox. A row that begins in the middle of such a group starts with
+# the group, ``shift`` elements early, and masks them. If all rows begin with a group, which the
+# launch can tell, ``shift`` is a constant 0, and the compiler knows that loads may take 16 bytes
+# at a time.
+
+
+@triton.jit
+def block_dropout_kernel(
+    y_ptr, x_ptr, n_rows, n_cols, first, sizes, places, strides,
+    threshold, scale: tl.float64, seed,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    n_col_blocks = tl.cdiv(n_cols if ALIGNED else n_cols + 3, COLS)
+    rows = pid // n_col_blocks * ROWS + tl.arange(0, ROWS)[:, None]
+
+    # From the number of a row to the place of its first element, and to its address.
+    place = tl.zeros((ROWS, 1), tl.int64) + first
+    address = tl.zeros((ROWS, 1), tl.int64)
+    rest = rows
+    for d in tl.static_range(len(sizes)):  # from the last dimension to the first
+        coordinate = rest % sizes[d]
+        rest = rest // sizes[d]
+        place += coordinate * places[d]
+        address += coordinate * strides[d]
+
+    first_col = pid % n_col_blocks * COLS
+    cols = first_col + tl.arange(0, COLS)[None, :]
+    if not ALIGNED:
+        cols -= place % 4
+    counters = (place + first_col) // 4 + tl.arange(0, COLS // 4)[None, :]
+    w0, w1, w2, w3 = tl.randint4x(seed, counters)
+    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    keep = words >= tl.cast(threshold, tl.uint32)
+
+    inside = (rows < n_rows) & (cols >= 0) & (cols < n_cols)
+    x = tl.load(x_ptr + address + cols, mask=inside)
+    if x.dtype != tl.float64:
+        scale = tl.cast(scale, tl.float32)
+    tl.store(y_ptr + rows * n_cols + cols, tl.where(keep, x * scale, 0.0), mask=inside)
+
+
+# %%
+# (``(place + first_col) // 4`` is right because ``COLS`` is a multiple of 4.)
+#
+# The launch lists the dimensions: for each its size in the block, the distance of neighbours in
+# the whole tensor, and their distance in memory. Two dimensions that count on without a gap, in
+# both, are one. So a block of whole rows of a matrix becomes a single long row, and costs no
+# division.
+
+
+def block_dimensions(x, shape):
+    """Size, distance in the whole tensor and distance in memory of each dimension, last first."""
+    dimensions, place = [], 1
+    for size, stride, whole in zip(
+        x.shape[::-1], x.stride()[::-1], shape[::-1], strict=True
+    ):
+        if dimensions:
+            inner_size, inner_place, inner_stride = dimensions[-1]
+            gapless = (place, stride) == (
+                inner_size * inner_place,
+                inner_size * inner_stride,
+            )
+        if dimensions and gapless:
+            dimensions[-1] = (inner_size * size, inner_place, inner_stride)
+        elif size > 1 or not dimensions:
+            dimensions.append((size, place, stride))
+        place *= whole
+    return dimensions
+
+
+def launch_block_dropout(
+    x: torch.Tensor, p: float, seed: int, shape: list[int], offsets: list[int]
+) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    threshold = round(p * 2**32)
+    if x.numel() == 0 or threshold == 2**32:
+        return y.zero_()
+    if p == 0:
+        return y.copy_(x)
+    first, place = 0, 1
+    for offset, whole in zip(offsets[::-1], shape[::-1], strict=True):
+        first, place = first + offset * place, place * whole
+    if x.ndim == 0 or x.stride(-1) != 1:
+        x = x.contiguous()
+    (n_cols, _, _), *outer = block_dimensions(x, shape) or [(1, 1, 1)]
+    n_rows = x.numel() // n_cols
+    sizes, places, strides = zip(*outer, strict=True) if outer else ((1,), (0,), (0,))
+    ALIGNED = all(place % 4 == 0 for place in (first, *places))
+    width = n_cols if ALIGNED else n_cols + 3
+    COLS = min(max(triton.next_power_of_2(width), 4), 1024)
+    ROWS = 1024 // COLS
+    with torch.cuda.device_of(x):
+        block_dropout_kernel[(triton.cdiv(n_rows, ROWS) * triton.cdiv(width, COLS),)](
+            y, x, n_rows, n_cols, first, sizes, places, strides,
+            threshold, 1 / (1 - p), seed, ALIGNED, ROWS, COLS,
+        )  # fmt: skip
+    return y
+
+
+# %%
+# Three ways, drawn
+# -----------------
+#
+# Now draw three of these ways, for 1, 2 and 4 ranks.
+
+
+def columns(n_ranks, n_cols=32):
+    """The first column of each rank's block, and the number of its columns."""
+    return [(rank * n_cols // n_ranks, n_cols // n_ranks) for rank in range(n_ranks)]
+
+
+def place_mask(first, width):
+    ones = torch.ones(16, width, device=DEVICE)
+    return launch_block_dropout(ones, 0.5, 7, [16, 32], [0, first]).cpu() != 0
+
+
+WAYS_TO_SEED = {
+    "the same seed": lambda rank, first, width: generator_mask(7, (16, width)),
+    "seed + 2718 + rank": lambda rank, first, width: generator_mask(
+        7 + 2718 + rank, (16, width)
+    ),
+    "seed and place": lambda rank, first, width: place_mask(first, width),
+}
+
+if __name__ == "__main__":
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, 3, figsize=(9, 5.4), layout="constrained")
+    colours = plt.matplotlib.colors.ListedColormap(["#dddddd", "#0072b2"])
+    for row, (way, draw) in zip(axes, WAYS_TO_SEED.items(), strict=True):
+        row[0].set_ylabel(way)
+        masks = []
+        for axis, n_ranks in zip(row, (1, 2, 4), strict=True):
+            blocks = [draw(rank, *block) for rank, block in enumerate(columns(n_ranks))]
+            masks.append(torch.cat(blocks, dim=1))
+            axis.imshow(masks[-1], cmap=colours, vmin=0, vmax=1)
+            axis.set(xticks=[first - 0.5 for first, _ in columns(n_ranks)], yticks=[])
+            axis.set(xticklabels=[], title=f"{n_ranks} ranks" if row is axes[0] else "")
+            axis.grid(True, axis="x", color="black", alpha=1)
+        same = [torch.equal(masks[0], mask) for mask in masks[1:]]
+        print(f"{way}: the mask of 1 rank is that of 2: {same[0]}, of 4: {same[1]}")
+    figure.suptitle("Blue is kept, grey is dropped; black lines part the ranks")
+    plt.show()
+
+# %%
+# Is it right?
+# ------------
+#
+# Cut a tensor of three dimensions in every way that comes to mind, at odd places, and compare each
+# block with the same piece of the whole tensor's mask, element for element. Then take a block of a
+# tensor of 2^45 elements, which fits on no GPU; its neighbour, drawn alone, has to continue it.
+
+if __name__ == "__main__":
+    shape = [6, 7, 13]
+    x = torch.randn(shape, device=DEVICE)
+    whole = launch_block_dropout(x, 0.3, 7, shape, [0, 0, 0])
+    blocks = [
+        (0, 0, 0, 6, 7, 5),
+        (2, 3, 1, 3, 4, 12),
+        (5, 0, 12, 1, 7, 1),
+        (1, 1, 4, 5, 1, 8),
+    ]
+    for a, b, c, *size in blocks:
+        piece = (slice(a, a + size[0]), slice(b, b + size[1]), slice(c, c + size[2]))
+        assert torch.equal(
+            launch_block_dropout(x[piece], 0.3, 7, shape, [a, b, c]), whole[piece]
+        )
+    print(f"{len(blocks)} blocks agree with the whole, bit for bit")
+
+    huge = [2**20, 2**25]
+    ones = torch.ones(2, 2000, device=DEVICE)
+    corner = [2**20 - 2, 2**25 - 2000]
+    both = launch_block_dropout(ones, 0.5, 7, huge, corner)
+    right = launch_block_dropout(
+        ones[:, 999:], 0.5, 7, huge, [corner[0], corner[1] + 999]
+    )
+    assert torch.equal(both[:, 999:], right)
+    print(
+        f"the last of {huge[0] * huge[1]} elements is {'kept' if both[-1, -1] else 'dropped'}"
+    )
+
+# %%
+# Is it fast?
+# -----------
+#
+# The kernel moves as many bytes as any dropout, and draws as many words as the one for a whole
+# tensor. Two blocks of a matrix of 65536 columns, on one rank of eight: some of its rows, which
+# are one run of memory in the whole tensor, and some of its columns.
+
+
+@triton.testing.perf_report(
+    [
+        triton.testing.Benchmark(
+            x_names=["n_elements"],
+            x_vals=[2**i for i in range(18, 29, 2)],
+            x_log=True,
+            line_arg="block",
+            line_vals=["rows", "columns", "odd", "torch", "copy"],
+            line_names=["rows", "columns", "odd columns", "F.dropout", "copy"],
+            styles=[("#d55e00", "-"), ("#d55e00", "--"), ("#d55e00", ":"),
+                    ("#0072b2", "-"), ("#555555", "--")],
+            xlabel=f"elements of the block, {dtype}\n{MACHINE}",
+            ylabel="GB/s",
+            plot_name=f"block-dropout-{dtype}",
+            args={"dtype": getattr(torch, dtype)},
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+)  # fmt: skip
+def benchmark(n_elements, dtype, block):
+    n_rows = n_elements // 8192
+    x = torch.randn(n_rows, 8192, device=DEVICE, dtype=dtype)
+    shape, offsets = {
+        "rows": ([8 * n_rows, 8192], [n_rows, 0]),
+        "columns": ([n_rows, 65536], [0, 8192]),
+        "odd": ([n_rows, 65537], [0, 8193]),
+    }.get(block, (None, None))
+    run = {
+        "torch": lambda: torch.nn.functional.dropout(x, 0.5),
+        "copy": lambda: x.clone(),
+    }.get(block, lambda: block_dropout(x, 0.5, 7, shape, offsets))
+    return 2 * x.nbytes / triton.testing.do_bench(run, return_mode="median") / 1e6
+
+
+# %%
+# (The odd columns begin at no multiple of anything, and neither do the rows of the whole tensor.)
+
+# %%
+if __name__ == "__main__" and not INTERPRET:
+    from tabulate import tabulate
+
+    for speed in benchmark.run(show_plots=True, return_df=True):
+        print(
+            tabulate(
+                speed, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=14
+            )
+        )
+        n_elements, *blocks, torch_dropout, copy = speed.iloc[-1]
+        shares = ", ".join(f"{share / copy:.0%}" for share in blocks)
+        print(
+            f"Of the copy's speed at {n_elements:.0f} elements: rows, columns, odd: {shares}.\n"
+        )
+
+# %%
+# A whole word of Philox is drawn for each element, wherever the block begins, so the arithmetic is
+# that of :ref:`seeded dropout`. Odd columns pay more: no row begins at a multiple of 16 bytes of
+# the mask's groups, so every element is loaded by itself.
+
+# %%
+# As a public function
+# --------------------
+#
+# ``block_dropout`` checks its arguments and has a gradient, in the way that :ref:`operators`
+# explains. The next lesson, :ref:`sharded dropout`, takes the shape and the offsets from a
+# ``DTensor``.
+
+import math
+import numbers
+
+block_dropout_op = torch.library.custom_op(
+    "fast_and_right::block_dropout", launch_block_dropout, mutates_args=()
+)
+block_dropout_op.register_fake(
+    lambda x, p, seed, shape, offsets: torch.empty(
+        x.shape, dtype=x.dtype, device=x.device
+    )
+)
+
+
+class BlockDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *arguments):
+        ctx.arguments = arguments
+        run = block_dropout_op if torch.compiler.is_compiling() else launch_block_dropout
+        return run(x, *arguments)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return BlockDropout.apply(gradient, *ctx.arguments), None, None, None, None
+
+
+def block_dropout(x, p, seed, shape, offsets):
+    """Dropout of a block: the mask is that of the whole tensor, cut to the block.
+
+    The whole tensor is never needed. Its mask is that of ``seeded_dropout4x``, bit for bit.
+    Differentiable in reverse mode, also twice; usable under ``torch.compile``.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        The block, of any strides, on the GPU (on the CPU when Triton interprets);
+        float16, bfloat16, float32 or float64.
+    p : float
+        The probability of dropping, in [0, 1], rounded to a multiple of 2^-32.
+    seed : int
+        Any integer of 64 bits, from -2^63 to 2^64 - 1; the same on all ranks.
+    shape, offsets : sequences of int
+        The shape of the whole tensor, of fewer than 2^63 elements, and where in it the
+        block begins; a number for each dimension of ``x``.
+
+    Returns
+    -------
+    torch.Tensor
+        Contiguous, with the shape and dtype of ``x``. A dropped inf or NaN becomes 0.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument has another type or range, or the block sticks out of the shape.
+    """
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        got = getattr(x, "layout", type(x).__name__)
+        raise TypeError(f"x must be a dense tensor, got {got}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.device.type != DEVICE:
+        raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
+    if not isinstance(p, numbers.Real):
+        raise TypeError(f"p must be a number, got {type(p).__name__}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be in [0, 1], got {p}")
+    if not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed must be an integer, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be in [-2^63, 2^64), got {seed}")
+    shape, offsets = [int(n) for n in shape], [int(n) for n in offsets]
+    if not len(shape) == len(offsets) == x.ndim:
+        got = f"{len(shape)} and {len(offsets)}"
+        raise ValueError(f"shape and offsets must have {x.ndim} numbers, as x, got {got}")
+    if math.prod(shape) >= 2**63:
+        raise ValueError(f"shape must have fewer than 2^63 elements, got {shape}")
+    for begin, size, whole in zip(offsets, x.shape, shape, strict=True):
+        if begin < 0 or begin + size > whole:
+            raise ValueError(
+                f"the block must lie in the whole tensor, got offsets {offsets} "
+                f"and block {list(x.shape)} in shape {shape}"
+            )
+    signed = int(seed) - 2**64 if seed >= 2**63 else int(seed)
+    return BlockDropout.apply(x, float(p), signed, shape, offsets)
+
+
+# %%
+# Exercises
+# ---------
+#
+# 1. A run of 16,384 ranks divides a tensor of 2^14 x 2^12 x 2^13 elements by samples (64), by
+#    sequence (16) and by features (16). Show for a thousand random pairs of ranks that their
+#    blocks share no place, and that the places of all ranks together are as many as the tensor
+#    has.
+# 2. A block of one row and a block of one column have as many elements. Which of them takes more
+#    calls of Philox, and how many times as many?
+#
+# .. note::
+#    Try it first.
+#
+#    1. A block is a box, and two boxes are apart if they are apart along one dimension.
+#
+#       .. code-block:: python
+#
+#          shape, mesh = (2**14, 2**12, 2**13), (64, 16, 16)
+#          sizes = [n // parts for n, parts in zip(shape, mesh)]
+#
+#
+#          def box(rank):
+#              coordinates = rank // 256, rank // 16 % 16, rank % 16
+#              return [(c * size, (c + 1) * size) for c, size in zip(coordinates, sizes)]
+#
+#
+#          def apart(a, b):
+#              return any(e <= f or g <= d for (d, e), (f, g) in zip(box(a), box(b)))
+#
+#
+#          pairs = torch.randint(2**14, (1000, 2)).tolist()
+#          all_apart = all(apart(a, b) for a, b in pairs if a != b)
+#          covered = 2**14 * sizes[0] * sizes[1] * sizes[2]
+#
+#    2. The column, four times as many. Four neighbours in a row share a call. In a column every element
+#       has a row of its own, hence a call of its own, of which it uses one word.
+#
+# References
+# ----------
+#
+# - M. Shoeybi et al., `Megatron-LM: training multi-billion parameter language models using model parallelism <https://arxiv.org/abs/1909.08053>`_,
+#   2019: how layers are divided among GPUs.
+# - PyTorch's documentation of `DTensor <https://docs.pytorch.org/docs/stable/distributed.tensor.html>`_.
+# - `Dropout of a DTensor depends on the number of GPUs <https://github.com/pytorch/pytorch/issues/168058>`_, an issue of PyTorch.
+# - J. K. Salmon, M. A. Moraes, R. O. Dror and D. E. Shaw, `Parallel random numbers: as easy as 1, 2, 3 <https://doi.org/10.1145/2063384.2063405>`_,
+#   2011.
