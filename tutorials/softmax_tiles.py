@@ -321,8 +321,7 @@ if __name__ == "__main__" and not INTERPRET:
 # --------------------
 #
 # Both launches become operators for ``torch.compile``, and a ``torch.autograd.Function`` connects
-# them; :ref:`seeded dropout` explains how. The backward pass has a gradient of its own, so you can
-# differentiate twice.
+# them; :ref:`seeded dropout` explains how. Second derivatives are left to PyTorch's operator.
 
 tile_softmax_op = torch.library.custom_op(
     "fast_and_right::tile_softmax", launch_tile_softmax, mutates_args=()
@@ -344,21 +343,14 @@ class TileSoftmax(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return TileSoftmaxBackward.apply(dy, *ctx.saved_tensors)
-
-
-class TileSoftmaxBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, dy, y):
-        ctx.save_for_backward(dy, y)
-        run = tile_backward_op if torch.compiler.is_compiling() else launch_tile_backward
-        return run(dy, y)
-
-    @staticmethod
-    def backward(ctx, g):
-        dy, y = ctx.saved_tensors
-        dot, g_dot = ((y * t).sum(-1, keepdim=True) for t in (dy, g))
-        return TileSoftmaxBackward.apply(g, y), g * (dy - dot) - g_dot * dy
+        (y,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return tile_backward_op(dy, y)
+        if (
+            torch.is_grad_enabled()
+        ):  # for second derivatives, which PyTorch's operator has
+            return torch._softmax_backward_data(dy, y, -1, y.dtype)
+        return launch_tile_backward(dy, y)
 
 
 def tile_softmax(x):
