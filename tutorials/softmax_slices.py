@@ -62,7 +62,7 @@ if __name__ == "__main__":
 #
 # So there are two steps: read all slices of a row to find :math:`m` and :math:`s`, then read them
 # again and write :math:`y`. For M rows with N columns that moves :math:`3MN` elements instead of
-# :math:`2MN`, so such a softmax reaches two thirds of a copy's speed.
+# :math:`2MN`, which allows two thirds of a copy's speed.
 #
 # Read it again while it is in the cache
 # --------------------------------------
@@ -91,13 +91,12 @@ if __name__ == "__main__":
 #
 # - A NaN is not equal to itself, so the mark has to be compared as an integer. ``stats`` has
 #   integers, and ``bitcast`` takes the bits of one type for another.
-# - ``volatile`` makes the compiler load again each time, instead of using the value of the first
-#   load. It also skips L1, the small cache of each multiprocessor, which doesn't notice what other
-#   multiprocessors write.
-# - A plain ``tl.store`` writes a number that other programs are reading, which is a race in
-#   general. Here it is safe. The GPU writes an aligned word of 4 or 8 bytes as a whole, so a
-#   reader finds either the mark or the number, and each word tells by itself whether it has been
-#   written. (Newer versions of Triton have ``tl.atomic_store``.)
+# - ``volatile`` makes the compiler load again each time instead of reusing the first value. It
+#   also skips L1, each multiprocessor's own small cache, which doesn't notice what others write.
+# - A plain ``tl.store`` writes what other programs are reading, which is a race in general. Here
+#   it is safe: the GPU writes an aligned word of 4 or 8 bytes as a whole, so a reader finds either
+#   the mark or the number, and each word tells by itself whether it has been written. (Newer
+#   versions of Triton have ``tl.atomic_store``.)
 #
 # Take a ticket
 # -------------
@@ -117,7 +116,7 @@ if __name__ == "__main__":
 # The kernel
 # ----------
 #
-# Each of the devices is a function of a few lines.
+# Each of these ideas is a function of a few lines, and the kernel puts them together.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -130,7 +129,7 @@ def to_arithmetic(x):
 
 @triton.jit
 def slice_at(t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr):
-    t = tl.maximum(t, 0)  # the first programs have no older slice, and -1 is no place
+    t = tl.maximum(t, 0)  # below 0 if there is no older slice
     cols = (t % SLICES).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     return t // SLICES * n_cols + cols, cols < tl.where(exists, n_cols, 0)
 
@@ -187,8 +186,8 @@ def slice_softmax_kernel(
 
 
 # %%
-# Triton's interpreter runs one program after the other. A program that waited for a later one
-# would wait for ever there, but these wait only for earlier ones.
+# Triton's interpreter runs programs one after the other. That works here, because none of them
+# waits for a later one.
 #
 # In the launch, a slice has 4096 elements, or 8192 in the backward pass, and half as many if the
 # rows are not aligned. ``lag`` is the number of slices in a row, plus as many as hold
@@ -290,7 +289,6 @@ if __name__ == "__main__":
 
 
 def speed_of(run, n_bytes):
-    """GB/s of ``run()`` if it moved ``n_bytes``."""
     milliseconds = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
     return n_bytes / milliseconds / 1e6
 
@@ -310,13 +308,12 @@ def lag_benchmark(lag_MiB, dtype):
 if __name__ == "__main__" and not INTERPRET:
     lags = lag_benchmark.run(show_plots=True, return_df=True)
     print(lags.astype(int).to_string(index=False))
-    x = torch.randn(2**12, 2**16, device=DEVICE)
-    print(f"two thirds of a copy: {2 / 3 * speed_of(x.clone, 2 * x.nbytes):.0f} GB/s")
+    copy = speed_of(torch.randn(2**28, device=DEVICE).clone, 2**31)
+    print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
 # %%
-# The right end comes down to about two thirds of the copy, which confirms the count. The cache
-# also holds what is written and what other programs read, so it is full long before the lag
-# reaches its size.
+# The right end comes down to about two thirds of the copy, which confirms the count. The lag can't
+# be as large as the cache, which also holds what is written and what other programs read.
 #
 # Is it fast?
 # -----------
@@ -365,8 +362,8 @@ def benchmark(n_cols, dtype, line):
 if __name__ == "__main__" and not INTERPRET:
     for speed in benchmark.run(show_plots=True, return_df=True):
         print(speed.astype(int).to_string(index=False))
-        share = speed.iloc[:, 1] / speed.iloc[:, 2]
-        print(f"slices reach {share.min():.0%} to {share.max():.0%} of the limit\n")
+        share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
+        print(f"slices reach at least {share:.0%} of the limit\n")
 
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once. The slices come close to
@@ -376,8 +373,8 @@ if __name__ == "__main__" and not INTERPRET:
 # which exchange numbers through shared memory.
 #
 # The lowest point is 50257 columns. Rows of an odd width can begin anywhere between two multiples
-# of 16 bytes, so every element is loaded by itself. In bfloat16 ``torch.softmax`` is about as fast
-# there, or faster. In the backward pass the widest rows of float32 are slower, because the lag
+# of 16 bytes, so every element is loaded by itself, and in bfloat16 ``torch.softmax`` is about as
+# fast or faster. In the backward pass the widest rows of float32 are slower, because the lag
 # includes a whole row of both inputs.
 #
 # As a public function
@@ -391,7 +388,7 @@ slice_softmax_op = torch.library.custom_op(
 slice_backward_op = torch.library.custom_op(
     "fast_and_right::slice_softmax_backward", launch_slice_backward, mutates_args=()
 )
-slice_softmax_op.register_fake(lambda x, lag_bytes: x.new_empty(x.shape))
+slice_softmax_op.register_fake(lambda x, *lag: x.new_empty(x.shape))
 slice_backward_op.register_fake(lambda dy, y: y.new_empty(y.shape))
 
 
@@ -408,9 +405,7 @@ class SliceSoftmax(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return slice_backward_op(dy, y)
-        if (
-            torch.is_grad_enabled()
-        ):  # for second derivatives, which PyTorch's operator has
+        if torch.is_grad_enabled():  # second derivatives: PyTorch's operator has them
             return torch._softmax_backward_data(dy, y, -1, y.dtype)
         return launch_slice_backward(dy, y)
 
@@ -444,9 +439,9 @@ def slice_softmax(x):
 # .. note::
 #    Try it first.
 #
-#    1. You save an atomic operation, which takes next to no time beside reading a slice. But now a
-#       program may wait for one that has not started: nobody promises that GPUs start programs in
-#       the order of their numbers, although they seem to.
+#    1. You have lost the promise that every smaller ticket belongs to a program that has started,
+#       and what you save takes next to no time beside reading a slice. GPUs do seem to start
+#       programs in the order of their numbers, but nobody promises it.
 #
 #       .. code-block:: diff
 #

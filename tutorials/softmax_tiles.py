@@ -104,13 +104,12 @@ def tile_softmax_kernel(
     y_ptr, x_ptr, n_rows, x_row_stride, n_cols,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    x_row_stride *= ALIGN
     n_cols *= ALIGN
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     mask = cols < n_cols
     # The last tile may reach beyond the last row: it reads that row again, but stores it once.
-    x_ptrs = x_ptr + tl.minimum(rows, n_rows - 1) * x_row_stride + cols
+    x_ptrs = x_ptr + tl.minimum(rows, n_rows - 1) * x_row_stride * ALIGN + cols
     x = to_arithmetic(tl.load(x_ptrs, mask=mask, other=-float("inf")))
     numerator = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
     denominator = tl.sum(numerator, axis=1, keep_dims=True)
@@ -329,7 +328,7 @@ tile_softmax_op = torch.library.custom_op(
 tile_backward_op = torch.library.custom_op(
     "fast_and_right::tile_softmax_backward", launch_tile_backward, mutates_args=()
 )
-tile_softmax_op.register_fake(lambda x, tile, align: x.new_empty(x.shape))
+tile_softmax_op.register_fake(lambda x, *options: x.new_empty(x.shape))
 tile_backward_op.register_fake(lambda dy, y: y.new_empty(y.shape))
 
 
@@ -346,9 +345,7 @@ class TileSoftmax(torch.autograd.Function):
         (y,) = ctx.saved_tensors
         if torch.compiler.is_compiling():
             return tile_backward_op(dy, y)
-        if (
-            torch.is_grad_enabled()
-        ):  # for second derivatives, which PyTorch's operator has
+        if torch.is_grad_enabled():  # second derivatives: PyTorch's operator has them
             return torch._softmax_backward_data(dy, y, -1, y.dtype)
         return launch_tile_backward(dy, y)
 
