@@ -55,8 +55,8 @@ if __name__ == "__main__":
 #
 # Softmax needs the maximum and the sum of the whole row, but a program knows only its own slice.
 # It finds :math:`m_i`, the largest of its elements, and :math:`s_i`, the sum of their
-# :math:`e^{x - m_i}`. That is enough, because a factor turns a sum that was formed with one maximum
-# into a sum with another (Milakov and Gimelshein, 2018):
+# :math:`e^{x - m_i}`. That is enough, because a factor turns a sum that was taken with :math:`m_i`
+# into one with the row's maximum :math:`m` (Milakov and Gimelshein, 2018):
 #
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
@@ -94,9 +94,9 @@ if __name__ == "__main__":
 # - ``volatile`` makes the compiler load again each time instead of reusing the first value. It
 #   also skips L1, each multiprocessor's own small cache, which doesn't notice what others write.
 # - A plain ``tl.store`` writes what other programs are reading, which is a race in general. Here
-#   it is safe: the GPU writes an aligned word of 4 or 8 bytes as a whole, so a reader finds either
-#   the mark or the number, and each word tells by itself whether it has been written. (Newer
-#   versions of Triton have ``tl.atomic_store``.)
+#   it is safe, because the GPU writes an aligned word of 4 or 8 bytes as a whole, and each word
+#   tells by itself whether it has been written. (Newer versions of Triton have
+#   ``tl.atomic_store``.)
 #
 # Take a ticket
 # -------------
@@ -115,8 +115,6 @@ if __name__ == "__main__":
 #
 # The kernel
 # ----------
-#
-# Each of these ideas is a function of a few lines, and the kernel puts them together.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -321,7 +319,6 @@ if __name__ == "__main__" and not INTERPRET:
 # All sizes have 2^28 elements. 50257, the size of GPT-2's vocabulary, is an odd number. The limit
 # is a copy, and for the backward pass an addition, which reads two matrices and writes one.
 
-
 FORWARD = "softmax", "copy", "torch.softmax", "naive, torch.compile"
 BACKWARD = "softmax, backward", "x + y", "torch.softmax, backward"
 STYLES = ("#d55e00", "-"), ("#555555", "--"), ("#0072b2", "-"), ("#009e73", "-")
@@ -439,9 +436,8 @@ def slice_softmax(x):
 # .. note::
 #    Try it first.
 #
-#    1. You have lost the promise that every smaller ticket belongs to a program that has started,
-#       and what you save takes next to no time beside reading a slice. GPUs do seem to start
-#       programs in the order of their numbers, but nobody promises it.
+#    1. Nobody promises that a GPU starts programs in the order of their numbers, so a program may
+#       wait for one that can't start. And the ticket takes next to no time beside reading a slice.
 #
 #       .. code-block:: diff
 #
