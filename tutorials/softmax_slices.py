@@ -184,8 +184,7 @@ def slice_softmax_kernel(
 
 
 # %%
-# Triton's interpreter runs programs one after the other. That works here, because none of them
-# waits for a later one.
+# Triton's interpreter runs programs one after the other, and none of these waits for a later one.
 #
 # In the launch, a slice has 4096 elements, or 8192 in the backward pass, and half as many if the
 # rows are not aligned. ``lag`` is the number of slices in a row, plus as many as hold
@@ -365,9 +364,9 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once. The slices come close to
 # the copy where the arithmetic leaves room, as on an H100. An H200 computes as fast but has faster
-# memory: there they stay well below the copy, above all in bfloat16, and
-# `QuACK <https://github.com/Dao-AILab/quack>`_ is ahead. It gives a row to a *cluster* of programs,
-# which exchange numbers through shared memory.
+# memory. There they stay well below the copy, above all in bfloat16, and QuACK (see the
+# references) is ahead: it gives a row to a *cluster* of programs, which exchange numbers in shared
+# memory.
 #
 # The lowest point is 50257 columns. Rows of an odd width can begin anywhere between two multiples
 # of 16 bytes, so every element is loaded by itself, and in bfloat16 ``torch.softmax`` is about as
@@ -411,9 +410,8 @@ def slice_softmax(x):
     """Softmax over the last dimension, made for wide rows; tile_softmax is for narrow ones.
 
     ``x`` has any shape (..., columns) with up to 2^30 columns, is float16, bfloat16, float32
-    or float64, and is copied first if it is not contiguous. Special values as in tile_softmax.
-    Differentiable, also twice, in reverse mode only; works under ``torch.compile``. Another
-    dtype raises TypeError; other shapes and devices raise ValueError.
+    or float64, and is copied first if it is not contiguous. Reverse mode only, also twice;
+    works under ``torch.compile``. Wrong arguments raise TypeError or ValueError.
     """
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
@@ -449,3 +447,4 @@ def slice_softmax(x):
 #
 # - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_, 2018.
 # - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_, 2016.
+# - `QuACK <https://github.com/Dao-AILab/quack>`_ by Dao-AILab.

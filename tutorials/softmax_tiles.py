@@ -84,7 +84,8 @@ if __name__ == "__main__":
 #
 # We can tell it. ``ALIGN`` is the largest power of two, up to 16 bytes, that divides the width and
 # the stride. We pass both divided by ``ALIGN``, and the kernel multiplies them again. ``ALIGN`` is
-# a ``tl.constexpr``, so the compiler sees a product with a number that it knows.
+# a ``tl.constexpr``, so the compiler sees a product with a number that it knows, and such a
+# product is a multiple of it.
 #
 # The kernel
 # ----------
@@ -182,16 +183,14 @@ if __name__ == "__main__":
 # The backward pass
 # -----------------
 #
-# Call the gradient that arrives :math:`g`, with one number for each element of :math:`y`. An
-# element
-# :math:`x_j` changes its own :math:`y_j` through the numerator, and all elements of its row through
-# the denominator. Together that makes
+# Call the gradient that arrives :math:`g`, with one number for each element of :math:`y`. Each
+# element of :math:`x` changes its own element of :math:`y` through the numerator, and all elements
+# of its row through the denominator. Together that makes
 #
 # .. math:: \frac{\partial L}{\partial x_j} = y_j \Bigl(g_j - \sum_k y_k g_k\Bigr)
 #
-# This needs :math:`y` but not :math:`x`, so only the output is kept for the backward pass. Of M
-# rows with N columns, it reads :math:`MN` elements of :math:`y` and as many of :math:`g`, and
-# writes
+# This needs :math:`y` but not :math:`x`, so only the output is kept for the backward pass. For M
+# rows with N columns it reads :math:`2MN` elements, :math:`y` and :math:`g`, and writes
 # :math:`MN`. An addition of two matrices moves as much, so we will take that for the limit.
 
 
@@ -231,9 +230,10 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# All sizes have 2^28 elements, so no launch is short. You see the kernel with tiles and ``ALIGN``,
-# and without both, as in the first lesson. Beside it are ``torch.softmax``, the five operators of
-# the first lesson as ``torch.compile`` fuses them, and the limit, a copy.
+# All sizes have 2^28 elements, so no launch is short. "softmax" is this kernel, and "one row a
+# program" is the same kernel without tiles and ``ALIGN``, as in the first lesson. Beside them are
+# ``torch.softmax``, the five operators of the first lesson as ``torch.compile`` fuses them, and
+# the limit, a copy.
 
 
 def naive_softmax(x):
@@ -307,10 +307,10 @@ if __name__ == "__main__" and not INTERPRET:
             print(f"tiles reach at least {share.min():.0%} of the limit\n")
 
 # %%
-# In bfloat16, one row a program is slow in two places: at 256 columns, where several rows a
-# program help, and at 5000, where ``ALIGN`` does. ``torch.softmax`` and ``torch.compile`` are good
-# on narrow rows; on wider ones they fall behind in bfloat16. PyTorch's backward pass stays far
-# below its limit.
+# In bfloat16, one row a program is slow above all at 256 columns, where several rows a program
+# help, and at 5000, where ``ALIGN`` does. ``torch.softmax`` and ``torch.compile`` are good on
+# narrow rows; on wider ones they fall behind in bfloat16. PyTorch's backward pass stays far below
+# its limit.
 #
 # How close the widest rows come to the copy depends on the GPU. An H200 computes as fast as an
 # H100 but has faster memory, so arithmetic takes a larger share of the time. There bfloat16, which
