@@ -108,27 +108,30 @@ def test_log_softmax(solve):
     solve("fused_softmax", 1)
 
 
-def test_which_widths_other_warps_leave_alone():
-    from fused_softmax import warps
+def test_fewer_bytes_a_thread_are_more_warps_up_to_32():
+    from softmax_tiles import warps
 
+    assert warps(4 * 4096) * 4 == warps(4 * 4 * 4096) == 32
     assert warps(4 * 16384) == warps(4 * 4 * 16384) == 32
-    assert warps(4 * 256) == warps(4 * 256 / 4) == 1
 
 
-@pytest.mark.parametrize("number", [3, 4])
+def test_rms_norm_in_tiles(changed, randn):
+    lesson = changed("softmax_tiles", 2, "Is it right?")
+    for shape in ((183, 781), (3, 4, 40)):
+        x = randn(*shape)
+        expected = torch.nn.functional.rms_norm(x, shape[-1:], eps=1e-6)
+        torch.testing.assert_close(lesson.launch_tile_softmax(x), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_other_slices_of_softmax(changed, randn, number, dtype):
-    lesson = changed("fused_softmax", number, "Is all of it right?")
-    for n_cols in (20_001, 20_008, 32_768):
-        x = randn(3, n_cols, dtype=dtype).requires_grad_()
-        dy = randn(3, n_cols, dtype=dtype)
-        y, expected = lesson.softmax(x), torch.softmax(x, dim=-1)
-        torch.testing.assert_close(y, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(y, x, dy), torch.autograd.grad(expected, x, dy)
-        )
-    part = randn(3, 40_003, dtype=dtype)[:, 1:29_999]
-    torch.testing.assert_close(lesson.softmax(part), torch.softmax(part, dim=-1))
+def test_slices_without_tickets(changed, randn, dtype):
+    lesson = changed("softmax_slices", 1, "Is it right?")
+    for n_cols in (20_001, 20_008):
+        x, dy = randn(2, 3, n_cols, dtype=dtype)
+        y = lesson.launch_slice_softmax(x)
+        torch.testing.assert_close(y, torch.softmax(x, dim=-1))
+        expected = torch._softmax_backward_data(dy, y, -1, dtype)
+        torch.testing.assert_close(lesson.launch_slice_backward(dy, y), expected)
 
 
 def test_single_bits(solve, randn):

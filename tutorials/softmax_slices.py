@@ -1,0 +1,450 @@
+"""
+.. _softmax slices:
+
+Softmax of rows that no program can hold
+========================================
+
+You write a softmax for rows of any width, and each row comes from memory only once. A row of more
+than 64 KiB does not fit into the registers of one program, so many programs share it: each takes a
+slice, and they tell each other what they found.
+
+You will learn
+
+- how the maximum and the sum of a row are put together from those of its slices;
+- how to read data twice and pay for it once, with the help of the GPU's cache;
+- how programs can wait for each other, and why they never wait for ever.
+
+Needs: PyTorch, :ref:`fused softmax`, and :ref:`softmax tiles`.
+"""
+
+# %%
+# Setting up
+# ----------
+#
+# The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
+# :ref:`fused softmax` explains them.
+
+# sphinx_gallery_thumbnail_path = '_static/softmax_slices.svg'
+import os
+import sys
+from datetime import date
+
+import torch
+
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
+if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+import triton.language as tl
+
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
+MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
+
+# %%
+# Two numbers for each slice
+# --------------------------
+#
+# Softmax needs the maximum and the sum of the whole row, but a program knows only its own slice.
+# It finds :math:`m_i`, the largest of its elements, and :math:`s_i`, the sum of their
+# :math:`e^{x - m_i}`. That is enough, because a factor turns a sum that was taken with :math:`m_i`
+# into one with the row's maximum :math:`m` (Milakov and Gimelshein, 2018):
+#
+# .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
+#
+# So there are two steps: read all slices of a row to find :math:`m` and :math:`s`, then read them
+# again and write :math:`y`. For M rows with N columns that moves :math:`3MN` elements instead of
+# :math:`2MN`, which allows two thirds of a copy's speed.
+#
+# Read it again while it is in the cache
+# --------------------------------------
+#
+# Between the multiprocessors and the memory lies a cache of tens of megabytes, *L2*, which keeps
+# what was used last. If the second read of a slice follows soon after the first, the data is still
+# there, and the second read is cheap. So one launch does both steps.
+#
+# Number the slices of all rows 0, 1, 2, ... Program t reads slice t for the first time and writes
+# its two numbers to memory. Then it reads an older slice, t - ``lag``, for the second time, and
+# finishes it. If ``lag`` is large enough, all slices of that row have been read by then. If it is
+# small enough, the slice is still in the cache.
+#
+# .. image:: /_static/softmax_slices.svg
+#    :alt: A strip of slices in the order of reading. Program t reads slice t from memory and writes its two numbers. It finishes slice t minus lag, which it reads again, from the cache, with the numbers of all slices of that row. The slices in between were read once and are still in the cache.
+#
+# Wait for numbers that are not there yet
+# ---------------------------------------
+#
+# Programs run side by side, so a program may need a number before another program has written it.
+# Then it has to wait. But how does it know whether the number is there? Before the launch we fill
+# ``stats``, the memory for the numbers, with a mark: all bits set, which is -1 as an integer and a
+# NaN as a floating-point number. A program loads all numbers of its row again and again, until
+# none of them is the mark. (If a result happens to be that NaN, another NaN is written in its
+# place.) Three details make that work:
+#
+# - A NaN is not equal to itself, so the mark has to be compared as an integer. ``stats`` has
+#   integers, and ``bitcast`` takes the bits of one type for another.
+# - ``volatile`` makes the compiler load again each time instead of reusing the first value. It
+#   also skips L1, each multiprocessor's own small cache, which doesn't notice what others write.
+# - A plain ``tl.store`` writes what other programs are reading, which is a race in general. Here
+#   it is safe, because the GPU writes an aligned word of 4 or 8 bytes as a whole, and each word
+#   tells by itself whether it has been written. (Newer versions of Triton have
+#   ``tl.atomic_store``.)
+#
+# Take a ticket
+# -------------
+#
+# Could they all wait for each other, for ever? A GPU starts as many programs as fit, and another
+# one whenever one ends, in an order that nobody promises. If the last programs started first, they
+# would fill the GPU and wait for programs that can't start.
+#
+# So a program doesn't use its ``program_id``. It takes a *ticket* when it starts:
+# ``tl.atomic_add`` adds 1 to a counter in memory and returns what was there before, so no two
+# programs get the same number t. (``sem="relaxed"`` says that it needn't wait for other loads and
+# stores, as it does by default.) A program waits only for slices with smaller tickets, and every
+# smaller ticket belongs to a program that has started already. Among the programs that are
+# running, the one with the smallest ticket waits for nobody. It ends, then the next one can end,
+# and so all of them do.
+#
+# The kernel
+# ----------
+
+NOT_YET = tl.constexpr(-1)
+
+
+@triton.jit
+def to_arithmetic(x):
+    """float16 and bfloat16 are too coarse to add up in."""
+    return x.to(tl.float32) if x.dtype.primitive_bitwidth < 32 else x
+
+
+@triton.jit
+def slice_at(t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+    t = tl.maximum(t, 0)  # below 0 if there is no older slice
+    cols = (t % SLICES).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    return t // SLICES * n_cols + cols, cols < tl.where(exists, n_cols, 0)
+
+
+@triton.jit
+def slice_publish(ptr, number, exists):
+    word = number.to(ptr.dtype.element_ty, bitcast=True)
+    tl.store(ptr, tl.where(word == NOT_YET, NOT_YET - 1, word), mask=exists)
+
+
+@triton.jit
+def slice_wait(ptr, n_words, BLOCK: tl.constexpr):
+    words = tl.arange(0, BLOCK)
+    mask = words < n_words
+    found = tl.load(ptr + words, mask=mask, other=0, volatile=True)
+    while tl.max((found == NOT_YET).to(tl.int32), axis=0) == 1:
+        found = tl.load(ptr + words, mask=mask, other=0, volatile=True)
+    return found
+
+
+@triton.jit
+def slice_softmax_kernel(
+    y_ptr, x_ptr, stats_ptr, n_slices, lag, n_cols,
+    SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    n_cols *= ALIGN
+    # The counter is the first word of stats. It starts at -1, too, hence the + 1.
+    t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
+    stats_ptr += 2
+    u = t - lag
+    # Start both loads before using either. What is read first should stay in the cache
+    # (evict_last), and what is read for the last time, or written, may go (evict_first).
+    place, mask = slice_at(t, t < n_slices, n_cols, SLICES, BLOCK)
+    new = tl.load(x_ptr + place, mask, -float("inf"), eviction_policy="evict_last")
+    place, mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK)
+    x = tl.load(x_ptr + place, mask, -float("inf"), eviction_policy="evict_first")
+
+    new = to_arithmetic(new)
+    new_max = tl.max(new, axis=0)
+    # In a slice of nothing but -inf, -inf - -inf would be NaN, but its sum is 0.
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+    new_sum = tl.sum(tl.exp(new - shift), axis=0)
+    slice_publish(stats_ptr + 2 * t, new_max, t < n_slices)
+    slice_publish(stats_ptr + 2 * t + 1, new_sum, t < n_slices)
+
+    if u >= 0:
+        words = slice_wait(stats_ptr + 2 * (u // SLICES * SLICES), 2 * SLICES, 2 * WORDS)
+        maxima, sums = tl.split(tl.reshape(words.to(new.dtype, bitcast=True), (WORDS, 2)))
+        maxima = tl.where(tl.arange(0, WORDS) < SLICES, maxima, -float("inf"))
+        row_max = tl.max(maxima, axis=0)
+        row_sum = tl.sum(sums * tl.exp(maxima - row_max), axis=0)
+        y = tl.exp(x - row_max) * (1 / row_sum)
+        tl.store(y_ptr + place, y, mask, eviction_policy="evict_first")
+
+
+# %%
+# Triton's interpreter runs programs one after the other, and none of these waits for a later one.
+#
+# In the launch, a slice has 4096 elements, or 8192 in the backward pass, and half as many if the
+# rows are not aligned. ``lag`` is the number of slices in a row, plus as many as hold
+# ``lag_bytes``. These sizes were found by measuring.
+
+import math
+
+LAG_BYTES = 5 * 2**20
+
+
+def launch_slices(kernel, lag_bytes, *inputs):
+    out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
+    if out.numel() == 0:
+        return out
+    inputs = [x.resolve_neg().contiguous() for x in inputs]
+    n_cols, itemsize = out.shape[-1], out.element_size()
+    ALIGN = math.gcd(n_cols, 16 // itemsize)
+    BLOCK = 4096 * len(inputs) // (2 if ALIGN == 1 else 1)
+    SLICES = triton.cdiv(n_cols, BLOCK)
+    n_slices = out.numel() // n_cols * SLICES
+    lag = min(SLICES + lag_bytes // (BLOCK * itemsize * len(inputs)), n_slices)
+    num_warps = BLOCK * max(itemsize, 4 // ALIGN) // (32 * 64)  # 64 bytes for each thread
+    # One word a thread or more: two threads that load the same word could disagree.
+    WORDS = max(triton.next_power_of_2(SLICES), 32 * num_warps)
+    word = torch.int64 if itemsize == 8 else torch.int32
+    stats = torch.full((2 * n_slices + 2,), -1, dtype=word, device=out.device)
+    with torch.cuda.device_of(out):  # if there are several GPUs
+        kernel[(n_slices + lag,)](
+            out, *inputs, stats, n_slices, lag, n_cols // ALIGN,
+            SLICES, WORDS, BLOCK, ALIGN, num_warps=num_warps,
+        )  # fmt: skip
+    return out
+
+
+def launch_slice_softmax(x: torch.Tensor, lag_bytes: int = LAG_BYTES) -> torch.Tensor:
+    return launch_slices(slice_softmax_kernel, lag_bytes, x)
+
+
+# %%
+# The backward pass
+# -----------------
+#
+# The gradient, :math:`y_j (g_j - \sum_k y_k g_k)`, needs one sum for each row, so a slice has one
+# number instead of two. The rest is as before, with two inputs.
+
+
+@triton.jit
+def slice_backward_kernel(
+    dx_ptr, dy_ptr, y_ptr, stats_ptr, n_slices, lag, n_cols,
+    SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    n_cols *= ALIGN
+    t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
+    stats_ptr += 2
+    u = t - lag
+    place, mask = slice_at(t, t < n_slices, n_cols, SLICES, BLOCK)
+    new_dy = tl.load(dy_ptr + place, mask, 0.0, eviction_policy="evict_last")
+    new_y = tl.load(y_ptr + place, mask, 0.0, eviction_policy="evict_last")
+    place, mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK)
+    dy = tl.load(dy_ptr + place, mask, 0.0, eviction_policy="evict_first")
+    y = tl.load(y_ptr + place, mask, 0.0, eviction_policy="evict_first")
+
+    dot = tl.sum(to_arithmetic(new_y) * to_arithmetic(new_dy), axis=0)
+    slice_publish(stats_ptr + t, dot, t < n_slices)
+
+    if u >= 0:
+        words = slice_wait(stats_ptr + u // SLICES * SLICES, SLICES, WORDS)
+        row_dot = tl.sum(words.to(dot.dtype, bitcast=True), axis=0)
+        tl.store(dx_ptr + place, y * (dy - row_dot), mask, eviction_policy="evict_first")
+
+
+def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return launch_slices(slice_backward_kernel, LAG_BYTES, dy, y)
+
+
+# %%
+# Is it right?
+# ------------
+#
+# 20001 columns make ten slices, the last one short. Some slices of the first row are all ``-inf``.
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x, dy = torch.randn(2, 5, 20_001, device=DEVICE)
+    x[0, :9000] = -float("inf")
+    expected, pull_back = torch.func.vjp(lambda x: torch.softmax(x, dim=-1), x)
+    y = launch_slice_softmax(x)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(launch_slice_backward(dy, y), *pull_back(dy))
+    print(f"{tuple(x.shape)}: both agree with PyTorch; {(y == 0).sum()} elements are 0")
+
+# %%
+# How long is the lag?
+# --------------------
+#
+# Before you look: what happens if the lag is very short, or very long? If it is short, programs
+# often wait for numbers that are still being computed. If it is long, the slice has left the cache
+# and comes from memory again. That makes three trips, and two thirds of the copy's speed.
+
+
+def speed_of(run, n_bytes):
+    milliseconds = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
+    return n_bytes / milliseconds / 1e6
+
+
+@triton.testing.perf_report(triton.testing.Benchmark(
+    x_names=["lag_MiB"], x_vals=[1, 2, 3, 4, 5, 6, 8, 12, 16, 32], x_log=True,
+    line_arg="dtype", line_vals=[torch.float32, torch.bfloat16],
+    line_names=["float32", "bfloat16"], styles=[("#d55e00", "-"), ("#d55e00", ":")],
+    xlabel=f"MiB between the two reads of a slice, 65536 columns\n{MACHINE}",
+    ylabel="GB/s", plot_name="softmax-lag", args={},
+))  # fmt: skip
+def lag_benchmark(lag_MiB, dtype):
+    x = torch.randn(2**12, 2**16, device=DEVICE, dtype=dtype)
+    return speed_of(lambda: launch_slice_softmax(x, lag_MiB * 2**20), 2 * x.nbytes)
+
+
+if __name__ == "__main__" and not INTERPRET:
+    lags = lag_benchmark.run(show_plots=True, return_df=True)
+    print(lags.astype(int).to_string(index=False))
+    copy = speed_of(torch.randn(2**28, device=DEVICE).clone, 2**31)
+    print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
+
+# %%
+# The right end comes down to about two thirds of the copy, which confirms the count. The lag can't
+# be as large as the cache, which also holds what is written and what other programs read.
+#
+# Is it fast?
+# -----------
+#
+# All sizes have 2^28 elements. 50257, the size of GPT-2's vocabulary, is an odd number. The limit
+# is a copy, and for the backward pass an addition, which reads two matrices and writes one.
+
+FORWARD = "softmax", "copy", "torch.softmax", "naive, torch.compile"
+BACKWARD = "softmax, backward", "x + y", "torch.softmax, backward"
+STYLES = ("#d55e00", "-"), ("#555555", "--"), ("#0072b2", "-"), ("#009e73", "-")
+
+
+@triton.testing.perf_report([
+    triton.testing.Benchmark(
+        x_names=["n_cols"], x_vals=[32768, 50257, 65536, 128256, 131072, 262144, 2**20],
+        x_log=True, line_arg="line", line_vals=lines, line_names=lines,
+        styles=STYLES[: len(lines)], ylabel="GB/s", plot_name=f"{name}-{dtype}",
+        xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}",
+        args={"dtype": getattr(torch, dtype)},
+    )
+    for name, lines in [("softmax-slices", FORWARD), ("softmax-slices-backward", BACKWARD)]
+    for dtype in ("float32", "bfloat16")
+])  # fmt: skip
+def benchmark(n_cols, dtype, line):
+    def naive_softmax(x):
+        numerator = torch.exp(x - torch.amax(x, dim=-1, keepdim=True))
+        return numerator / torch.sum(numerator, dim=-1, keepdim=True)
+
+    x, dy = torch.randn(2, 2**28 // n_cols, n_cols, device=DEVICE, dtype=dtype)
+    y = torch.softmax(x, dim=-1)
+    torch.compiler.reset()  # forget other widths, or torch.compile gives up
+    compiled = torch.compile(naive_softmax, dynamic=False)
+    runs = {
+        "softmax": lambda: launch_slice_softmax(x),
+        "copy": lambda: x.clone(),
+        "torch.softmax": lambda: torch.softmax(x, dim=-1),
+        "naive, torch.compile": lambda: compiled(x),
+        "softmax, backward": lambda: launch_slice_backward(dy, y),
+        "x + y": lambda: x + dy,
+        "torch.softmax, backward": lambda: torch._softmax_backward_data(dy, y, -1, dtype),
+    }
+    return speed_of(runs[line], (3 if line in BACKWARD else 2) * x.nbytes)
+
+
+if __name__ == "__main__" and not INTERPRET:
+    for speed in benchmark.run(show_plots=True, return_df=True):
+        print(speed.astype(int).to_string(index=False))
+        share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
+        print(f"slices reach at least {share:.0%} of the limit\n")
+
+# %%
+# ``torch.softmax`` and ``torch.compile`` read a wide row more than once. The slices come close to
+# the copy where the arithmetic leaves room, as on an H100. An H200 computes as fast but has faster
+# memory. There they stay well below the copy, above all in bfloat16, and QuACK (see the
+# references) is ahead: it gives a row to a *cluster* of programs, which exchange numbers in shared
+# memory.
+#
+# The lowest point is 50257 columns. Rows of an odd width can begin anywhere between two multiples
+# of 16 bytes, so every element is loaded by itself, and in bfloat16 ``torch.softmax`` is about as
+# fast or faster. In the backward pass the widest rows of float32 are slower, because the lag
+# includes a whole row of both inputs.
+#
+# As a public function
+# --------------------
+#
+# Operators and gradient are connected as in :ref:`softmax tiles`.
+
+slice_softmax_op = torch.library.custom_op(
+    "fast_and_right::slice_softmax", launch_slice_softmax, mutates_args=()
+)
+slice_backward_op = torch.library.custom_op(
+    "fast_and_right::slice_softmax_backward", launch_slice_backward, mutates_args=()
+)
+slice_softmax_op.register_fake(lambda x, *lag: x.new_empty(x.shape))
+slice_backward_op.register_fake(lambda dy, y: y.new_empty(y.shape))
+
+
+class SliceSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        run = slice_softmax_op if torch.compiler.is_compiling() else launch_slice_softmax
+        y = run(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        (y,) = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            return slice_backward_op(dy, y)
+        if torch.is_grad_enabled():  # second derivatives: PyTorch's operator has them
+            return torch._softmax_backward_data(dy, y, -1, y.dtype)
+        return launch_slice_backward(dy, y)
+
+
+def slice_softmax(x):
+    """Softmax over the last dimension, made for wide rows; tile_softmax is for narrow ones.
+
+    ``x`` has any shape (..., columns) with up to 2^30 columns, is float16, bfloat16, float32
+    or float64, and is copied first if it is not contiguous. Reverse mode only, also twice;
+    works under ``torch.compile``. Wrong arguments raise TypeError or ValueError.
+    """
+    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+        got = getattr(x, "layout", type(x).__name__)
+        raise TypeError(f"x must be a dense tensor, got {got}")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] > 2**30:
+        raise ValueError(f"x must have 0 to 2^30 columns, got shape {tuple(x.shape)}")
+    if x.device.type != DEVICE:
+        raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
+    return SliceSoftmax.apply(x)
+
+
+# %%
+# Exercises
+# ---------
+#
+# 1. Let a program take ``tl.program_id(0)`` for its ticket, and time it. What have you lost?
+#
+# .. note::
+#    Try it first.
+#
+#    1. Nobody promises that a GPU starts programs in the order of their numbers, so a program may
+#       wait for one that can't start. And the ticket takes next to no time beside reading a slice.
+#
+#       .. code-block:: diff
+#
+#          -    t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
+#          +    t = tl.program_id(0).to(tl.int64)
+#
+# References
+# ----------
+#
+# - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_, 2018.
+# - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_, 2016.
+# - `QuACK <https://github.com/Dao-AILab/quack>`_ by Dao-AILab.
