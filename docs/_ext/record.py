@@ -76,10 +76,11 @@ def measure(function, benchmark, runs):
     return result
 
 
-def describe(benchmark):
-    """What is needed to draw the figure."""
+def describe(function, benchmark):
+    """What is needed to draw the figure, and to find the code that runs it."""
     styles = benchmark.styles or [(None, "-")] * len(benchmark.line_names)
     return {
+        "function": function.__name__,
         "xlabel": (benchmark.xlabel or benchmark.x_names[0]).partition("\n")[0],
         "unit": benchmark.ylabel,
         "x_log": benchmark.x_log,
@@ -160,7 +161,7 @@ def record(lessons, results, machine, limit, runs):
                 traceback.print_exc()
                 failed.append(name)
                 continue
-            new[name] = describe(benchmark)
+            new[name] = describe(function, benchmark)
             print(f"  {name}, {time.monotonic() - start:.0f} s", flush=True)
             next_path = path.with_suffix(".next")
             table.to_csv(next_path, index=False, float_format="%.6g")

@@ -6,7 +6,6 @@ all lessons. The directive ``recorded-figure`` shows one figure, ``recorded-summ
 all, and the role ``recorded`` one number.
 """
 
-import ast
 import json
 import re
 import shutil
@@ -206,38 +205,27 @@ class Number(SphinxRole):
         return [nodes.inline("", text, classes=["recorded"])], []
 
 
-def drawn_by(script):
-    """The functions of a lesson that draw benchmarks: for each, a pattern of their names."""
-    patterns = {}
-    for function in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
-        for part in map(ast.walk, getattr(function, "decorator_list", ())):
-            for word in part:
-                if isinstance(word, ast.keyword) and word.arg == "plot_name":
-                    pieces = getattr(word.value, "values", [word.value])
-                    patterns[function.name] = "".join(
-                        re.escape(piece.value)
-                        if isinstance(piece, ast.Constant)
-                        else ".+"
-                        for piece in pieces
-                    )
-    return patterns
+def runs(cell, function):
+    """Whether the code of a cell runs the benchmark that is this function."""
+    return ".run(" in cell and re.search(rf"\b{function}\b(?!\()", cell)
 
 
 def show_recorded(app, docname, source):
     """Put a lesson's recorded benchmarks behind the code that runs them."""
-    on_record = dict.fromkeys(
-        name for machine in machines(app) for name in machine["benchmarks"]
-    )
+    on_record = {
+        name: benchmark["function"]
+        for machine in machines(app)
+        for name, benchmark in machine["benchmarks"].items()
+    }
     for lesson in lessons(app):
         names = [name for name in on_record if lesson_of(name) == lesson.name]
         if docname == lesson.docname:
             folded = "   :folded:\n" if on_gpu() else ""
             cells = source[0].split(CELL)
-            for function, pattern in drawn_by(Path(app.srcdir, f"{docname}.py")).items():
-                here = [n for n in names if re.fullmatch(f"{lesson.name}.{pattern}", n)]
-                for i, cell in enumerate(cells):
-                    if here and f"{function}.run(" in cell:
-                        cells[i] += f".. recorded:: {' '.join(here)}\n{folded}\n"
+            for i, cell in enumerate(cells):
+                run_here = [n for n in names if runs(cell, on_record[n])]
+                if run_here:
+                    cells[i] += f".. recorded:: {' '.join(run_here)}\n{folded}\n"
             source[0] = CELL.join(cells)
         if docname == "benchmarks" and names:
             source[0] += (
