@@ -4,38 +4,38 @@
 Dropout in recurrent networks
 =============================
 
-Ask three libraries for dropout in an LSTM and you get three different things, sometimes under one
-name. What differs is the mask: its shape, what it multiplies, and when a new one is drawn. This
-lesson puts the forms side by side, in one table and one figure, and builds the modules of the
-AWD-LSTM language model, ``LockedDropout``, ``WeightDrop`` and ``EmbeddingDropout``, on a single
-kernel that draws every mask from a seed and stores none.
+Ask three libraries for dropout in an LSTM, and you get three different masks, sometimes under the
+same name. They differ in what the mask multiplies, in its shape, and in when a new one is drawn.
+This lesson puts eleven forms side by side. Then it builds the three modules of the AWD-LSTM
+language model, ``LockedDropout``, ``WeightDrop`` and ``EmbeddingDropout``, on a single kernel that
+draws every mask from a seed and stores none.
 
 You will learn
 
-- which recurrent dropout is which, from the papers, from Keras and from awd-lstm-lm;
-- how one kernel serves masks of every shape, because a mask is only a rule for sharing decisions;
-- what each form does for a language model that you train here.
+- which recurrent dropout is which, in the papers, in Keras and in awd-lstm-lm;
+- how one kernel serves masks of every shape, because a mask is a rule for sharing decisions;
+- how to drop the weights inside any module, without renaming them and without a loop over time.
 
-You need to know PyTorch and, roughly, what an LSTM computes. You need no CUDA.
+Needs: PyTorch, and :ref:`seeded dropout`.
 """
 
 # %%
-# Setting the stage
-# -----------------
+# Setting up
+# ----------
 #
 # The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
 # :ref:`fused softmax` explains them.
 
 # sphinx_gallery_thumbnail_path = '_static/recurrent_masks.svg'
-import numbers
 import os
 import sys
 from datetime import date
 
 import torch
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRET else "cuda"
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
 if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
     if "triton" in sys.modules:
         raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
@@ -44,112 +44,105 @@ if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
 MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
-print(MACHINE)
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
 # Where a mask can go
 # -------------------
 #
-# An LSTM reads a sequence of T steps. At step t it takes the input :math:`x_t` and its own last
-# output :math:`h_{t-1}`, and computes four *gates* from both:
+# An LSTM reads a sequence step by step. At step t it takes the input :math:`x_t` and its own last
+# output, the *state* :math:`h_{t-1}`, and computes four *gates* from both:
 #
 # .. math::
 #
 #    i, f, g, o = \sigma, \sigma, \tanh, \sigma \;\text{of}\; W x_t + U h_{t-1} + b, \qquad
 #    c_t = f \cdot c_{t-1} + i \cdot g, \qquad h_t = o \cdot \tanh c_t
 #
-# PyTorch calls W ``weight_ih`` and U ``weight_hh``; each stacks the four gates' blocks of H rows,
-# in the order i, f, g, o. (Keras writes c for g, the *candidate*.) Dropout multiplies something in
-# these formulas by a random mask of zeros and ones. Three questions tell its forms apart:
+# PyTorch calls W ``weight_ih`` and U ``weight_hh``. Each stacks the four gates' blocks of H rows, in
+# the order i, f, g, o. Dropout multiplies something here by a random mask of zeros and ones. Its
+# forms differ in what the mask multiplies, in who shares a decision (all time steps, all sequences of
+# the batch, all gates), and in when a new mask is drawn.
 #
-# - **What does it multiply?** The input, the state, the weights, the candidate.
-# - **Who shares a decision?** All time steps? All sequences of the batch? All gates?
-# - **When is a new mask drawn?**
-#
-# A mask whose decisions are shared has fewer of them than the tensor that it multiplies. Its shape
-# tells: T steps, B sequences of a batch, G = 4 gates, H hidden units or as many inputs, V words of
-# a vocabulary, and 1 where all of them share. So a form is a line of a table. The first line is
-# plain dropout, with a decision for every element of every step:
+# A mask with shared decisions is smaller than the tensor that it multiplies, and its shape says who
+# shares them. In the table there are T steps, B sequences in a batch, G = 4 gates, H hidden units (or
+# as many inputs), V words in a vocabulary, and 1 where all share. "At test" means that training
+# multiplies by 0 or 1, and testing by the mean, 1 - p. The others divide by 1 - p in training, so
+# testing needs no change.
 
-import matplotlib.pyplot as plt
-from tabulate import tabulate
-from torch.func import functional_call
-from torch.nn.functional import cross_entropy
-
-FORMS = {  # what it acts on, the mask's shape, when it is drawn, when it is scaled, source
-    "naive": ("x or output", "T B H", "step", "1/(1-p)", "Zaremba"),
-    "Gal, tied": ("x and h", "1 B H", "sequence", "at test", "Gal"),
-    "Gal, untied": ("x and h", "1 B G H", "sequence", "at test", "Gal"),
-    "Keras impl. 1": ("x and h", "1 B G H", "call", "1/(1-p)", "Keras 2, 3"),
-    "Keras impl. 0, 2": ("x and h", "1 B H", "call", "1/(1-p)", "Keras 2"),
-    "LockedDropout": ("x or output", "1 B H", "call", "1/(1-p)", "Merity"),
-    "WeightDrop": ("U", "G H H", "call", "1/(1-p)", "Merity"),
-    "variational=True": ("U", "G H 1", "call", "1/(1-p)", "awd-lstm-lm"),
-    "embedding dropout": ("words", "V 1", "call", "1/(1-p)", "Gal"),
-    "Semeniuta": ("g", "T B H", "step", "at test", "Semeniuta"),
-    "zoneout": ("new c, h", "T B H", "step", "at test", "Krueger"),
+HEADERS = ["form", "acts on", "mask", "gates", "new each", "scale", "source"]
+FORMS = {
+    "naive": ("x or output", "T B H", "shared", "step", "1/(1-p)", "Zaremba"),
+    "Gal, tied": ("x and h", "1 B H", "shared", "sequence", "at test", "Gal"),
+    "Gal, untied": ("x and h", "1 B G H", "own", "sequence", "at test", "Gal"),
+    "Keras impl. 1": ("x and h", "1 B G H", "own", "call", "1/(1-p)", "Keras 2, 3"),
+    "Keras impl. 0, 2": ("x and h", "1 B H", "shared", "call", "1/(1-p)", "Keras 2"),
+    "LockedDropout": ("x or output", "1 B H", "shared", "call", "1/(1-p)", "Merity"),
+    "WeightDrop": ("U", "G H H", "own", "call", "1/(1-p)", "Merity"),
+    "variational=True": ("U", "G H 1", "own", "call", "1/(1-p)", "awd-lstm-lm"),
+    "embedding dropout": ("words", "V 1", "shared", "call", "1/(1-p)", "Gal"),
+    "Semeniuta": ("g", "T B H", "g alone", "step", "at test", "Semeniuta"),
+    "zoneout": ("new c, h", "T B H", "after", "step", "at test", "Krueger"),
 }
 
-rows = []
-for name, (target, shape, *rest) in FORMS.items():
-    gates = "own" if "G" in shape else "shared"
-    gates = {"g": "g alone", "new c, h": "after"}.get(target, gates)
-    rows.append([name, target, shape, gates, *rest])
-headers = ["form", "acts on", "mask", "gates", "new each", "scale", "source"]
-print(tabulate(rows, headers))
+if __name__ == "__main__":
+    from tabulate import tabulate
+
+    print(tabulate([[name, *form] for name, form in FORMS.items()], HEADERS))
 
 # %%
-# Some lines hide a trap:
+# Some of these are easy to confuse:
 #
-# - The two of **Gal and Ghahramani** are the ones with an argument behind them: dropout as
-#   approximate Bayesian inference over the weights, and a sequence sees one draw of the weights.
-#   Where the weights of the gates are drawn apart, *untied*, each gate has its own mask.
-# - **Keras** has both under the name ``implementation``. Today's Keras switches to 1 as soon as
-#   ``recurrent_dropout`` is above 0, whatever you ask for, so that 0 and 2 concern the input alone.
-# - **LockedDropout** acts on what goes into and comes out of a layer, so an optimized LSTM can stay
-#   whole, such as that of cuDNN, NVIDIA's library behind ``torch.nn.LSTM``. Nothing within the
-#   recurrence is dropped.
-# - **WeightDrop** reaches into the recurrence without touching the loop: the weights are masked
-#   once, before the loop starts. All sequences of the batch share the mask, which is the price.
-# - **Semeniuta** drops only what is added to the memory, and **zoneout** replaces a new value by
-#   the old one instead of by zero, so neither erases the memory at a rate of p at each step, as a
-#   naive mask on c would.
-# - "At test" says that training multiplies by 0 or 1, and testing by the mean, 1 - p. (Zoneout
-#   mixes old and new in that proportion.) Dividing by 1 - p in training instead leaves testing
-#   alone, and is what code does today.
+# - **Gal and Ghahramani** derive theirs from Bayesian inference over the weights. If the weights of
+#   each gate are drawn separately (*untied*), each gate has a mask of its own.
+# - **Keras** has both of these under the name ``implementation``. Keras 3 always takes
+#   implementation 1 when ``recurrent_dropout`` is above 0. In Keras's cells a rate of exactly 1 drops
+#   nothing, while the modules of this course then drop everything.
+# - **LockedDropout** acts on what goes into a layer and what comes out of it. Nothing inside the
+#   recurrence is dropped, so it goes with the fast LSTM of cuDNN, NVIDIA's library behind
+#   ``torch.nn.LSTM``.
+# - **WeightDrop** changes the recurrence and still keeps the fast LSTM, because it masks the weights
+#   once, before the loop over time starts. The price is that all sequences of a batch share the mask.
+# - **Semeniuta** drops only what is added to the memory c, and **zoneout** replaces a new value by the
+#   old one instead of by zero. So neither of them erases the memory step by step.
+#
+# .. image:: /_static/recurrent_forms.svg
+#    :alt: Eleven masks for 4 steps, 3 sequences, 4 gates and 6 units. The naive mask differs in every step and sequence; Gal's and LockedDropout's repeat from step to step; the untied ones differ between gates; WeightDrop's has single entries of U, variational=True whole rows; embedding dropout has whole words; Semeniuta's mask is on g alone.
+#
+# The picture shows one mask of each form. The units run across, once for each gate, and the sequences
+# run downwards, once for each step. Where a pattern repeats, a decision is shared. With 70 steps, 80
+# sequences and 1150 units, a layer of AWD-LSTM, a naive mask has 6.4 million decisions, a locked one
+# 92 thousand, and that of ``WeightDrop`` 5.3 million.
 #
 # One kernel for all shapes
 # -------------------------
 #
-# Every mask above is a list of decisions, each shared along some axes. Look at the tensor as
-# three-dimensional, *repeats × decisions × width*, where one decision holds for a whole
+# Each of these masks is a list of decisions, and each decision is shared along some axes. So we view
+# the tensor as three-dimensional, *repeats × decisions × width*, where one decision holds for all of
 # ``x[:, i, :]``:
 #
 # - ``LockedDropout`` on (T, B, F) is T × B·F × 1;
-# - ``WeightDrop`` on (4H, H) is 1 × 4H·H × 1, and 1 × 4H × H if ``variational``;
+# - ``WeightDrop`` on (4H, H) is 1 × 4H·H × 1, or 1 × 4H × H if ``variational``;
 # - embedding dropout on (V, F) is 1 × V × F.
 #
-# :ref:`seeded dropout` draws a decision for each element, and its mask needs no memory, since
-# anyone who has the seed can draw it again. Here is that kernel with a tile of *decisions × width*
-# in place of a block of elements. **Decision i keeps when word i mod 4 of Philox, with the seed as
-# key and the counter ⌊i / 4⌋, is at least p · 2³², rounded.** A time step is one more group of
-# programs that draw the same words again, which costs arithmetic but no memory.
+# The kernel is that of :ref:`seeded dropout` with a tile of *decisions × width* in place of a block
+# of elements. **Decision i keeps if word i mod 4 of Philox, with the seed as key and the counter
+# ⌊i / 4⌋, is at least p · 2³², rounded.** The programs of another time step draw the same words
+# again. That costs arithmetic, but no memory.
+#
+# The seed is *loaded* from the GPU's memory. So the CPU never has to wait for it, and a CUDA graph,
+# which repeats the same launches with the same arguments, finds a new seed there each time.
 
 
 @triton.jit
 def shared_dropout_kernel(
-    y_ptr,
-    x_ptr,
-    n_decisions,
-    width,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    DECISIONS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
+    y_ptr, x_ptr, n_decisions, width, threshold, scale: tl.float64, seed_ptr,
+    DECISIONS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     n_blocks = tl.cdiv(tl.cast(n_decisions, tl.int64), DECISIONS)
     pid = tl.program_id(0).to(tl.int64)
     repeat, block = pid // n_blocks, pid % n_blocks
@@ -170,191 +163,124 @@ def shared_dropout_kernel(
 
 
 # %%
-# Two details. The seed is *loaded*: it stays on the GPU, no one waits for it, and a CUDA graph
-# that is replayed reads a new one each time. And the backward pass, as ever with dropout, is the
-# same kernel on the incoming gradient, with the same seed. So the operator's gradient is itself,
-# and all it keeps is the 8 bytes of the seed.
+# A tile has 1024 elements: 1024 decisions if each holds for one element, and fewer if each holds
+# for more.
+
+import numbers
 
 
-@torch.library.custom_op("fast_and_right::shared_dropout", mutates_args=())
-def shared_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
-    """Drop whole ``x[:, i, :]`` with probability p, and scale the others by 1 / (1 - p).
-
-    Parameters
-    ----------
-    x : torch.Tensor
-        Three-dimensional, (repeats, decisions, width), of any strides, on the GPU (on the
-        CPU when Triton interprets); float16, bfloat16, float32 or float64.
-    p : float
-        The probability of dropping, in [0, 1], rounded to a multiple of 2^-32.
-    seed : torch.Tensor
-        One int64, on the device of ``x``.
-
-    Returns
-    -------
-    torch.Tensor
-        Contiguous, with the shape and dtype of ``x``. A dropped inf or NaN becomes 0.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument has another dtype, shape, device or range.
-    """
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.device.type != DEVICE:
-        raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    if x.dim() != 3:
-        raise ValueError(f"x must have 3 dimensions, got {x.dim()}")
-    if seed.numel() != 1 or seed.dtype != torch.int64 or seed.device != x.device:
-        got = f"{seed.numel()} of {seed.dtype} on {seed.device}"
-        raise ValueError(f"seed must be one int64 on {x.device}, got {got}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be in [0, 1], got {p}")
+def launch_shared_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     threshold = round(p * 2**32)
-    if threshold == 2**32 or x.numel() == 0:
-        return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    x = x.contiguous()
-    y = torch.empty_like(x)
+    if threshold == 2**32 or y.numel() == 0:
+        return y.zero_()
+    x = x.resolve_neg().contiguous()  # z.conj().imag negates when read
     repeats, n_decisions, width = x.shape
     WIDTH = min(triton.next_power_of_2(width), 256)
     DECISIONS = 1024 // WIDTH
     grid = repeats * triton.cdiv(n_decisions, DECISIONS), triton.cdiv(width, WIDTH)
-    with torch.cuda.device_of(x):
-        shared_dropout_kernel[grid](
-            y, x, n_decisions, width, threshold, 1 / (1 - p), seed, DECISIONS, WIDTH
-        )
+    sizes = n_decisions, width, threshold, 1 / (1 - p)
+    with torch.cuda.device_of(x):  # if there are several GPUs
+        shared_dropout_kernel[grid](y, x, *sizes, seed, DECISIONS, WIDTH)
     return y
 
 
-@shared_dropout.register_fake
-def _(x, p, seed):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def keep_p_and_seed(ctx, inputs, output):
-    _, ctx.p, seed = inputs
-    ctx.save_for_backward(seed)
-
-
-def backward(ctx, gradient):
-    return shared_dropout(gradient, ctx.p, *ctx.saved_tensors), None, None
-
-
-shared_dropout.register_autograd(backward, setup_context=keep_p_and_seed)
-
-# %%
-# Check it as the other lessons do: the gradient against finite differences, the operator against
-# what it promises, and the mask against the one that a plain dropout of the decisions gives.
-
-seed = torch.tensor([7], device=DEVICE)
-x = torch.randn(2, 5, 3, device=DEVICE, dtype=torch.float64, requires_grad=True)
-torch.autograd.gradcheck(lambda x: shared_dropout(x, 0.5, seed), x)
-print("passed:", *torch.library.opcheck(shared_dropout, (x, 0.5, seed)))
-assert torch.equal(
-    shared_dropout(x, 0.5, seed),
-    x * shared_dropout(torch.ones_like(x[:1, :, :1]), 0.5, seed),
-)
-
-# %%
-# What the masks look like
-# ------------------------
-#
-# Now draw the table. Each panel shows a mask for 4 steps, 3 sequences and 6 units: across, the
-# units, once for each gate; downwards, the sequences, once for each step. Masks of weights know of
-# no steps and no sequences: there, downwards are the inputs of U, or the words of the embedding.
-# Where a pattern repeats, a decision is shared.
-
-SIZES = {"T": 4, "B": 3, "G": 4, "H": 6, "V": 12, "1": 1}
-
-
-def picture(target, shape, seed):
-    """A mask as an image: steps and sequences, or inputs, or words, by gates and units."""
-    sizes = [SIZES[axis] for axis in shape.split()]
-    ones = torch.ones(1, torch.Size(sizes).numel(), 1, device=DEVICE)
-    mask = shared_dropout(ones, 0.5, torch.tensor([seed], device=DEVICE)).view(sizes)
-    if "V" in shape:
-        return mask.expand(-1, 24)
-    if shape[0] == "G":
-        return mask.expand(4, 6, 6).flatten(0, 1).T
-    if "G" not in shape:
-        mask = mask.unsqueeze(2)
-    mask = mask.expand(4, 3, 4, 6).clone()
-    if target == "g":
-        mask[:, :, [0, 1, 3]] = 1
-    return mask.flatten(2).flatten(0, 1)
-
-
-colours = plt.matplotlib.colors.ListedColormap(["#dddddd", "#0072b2"])
-figure, axes = plt.subplots(3, 4, figsize=(9, 6.6), layout="constrained")
-for seed, (name, (target, shape, *_)) in enumerate(FORMS.items(), start=20):
-    axis = axes.flat[seed - 20]
-    image = picture(target, shape, seed).cpu() != 0
-    axis.imshow(image, cmap=colours, vmin=0, vmax=1, aspect="auto")
-    axis.set_title(f"{name}\n{shape}", fontsize=9)
-    axis.set(xticks=[2.5, 8.5, 14.5, 20.5], xticklabels="ifgo", yticks=[])
-    axis.set_ylabel({"G": "inputs of U", "V": "words"}.get(shape[0], "steps"))
-    for gate in (1, 2, 3):
-        axis.axvline(6 * gate - 0.5, color="white", linewidth=2)
-    for step in (1, 2, 3) if "B" in shape else ():
-        axis.axhline(3 * step - 0.5, color="white", linewidth=2)
-axes.flat[-1].axis("off")
-figure.suptitle("Blue is kept, grey is dropped")
-plt.show()
+if __name__ == "__main__":
+    x, seed = torch.randn(2, 5, 3, device=DEVICE), torch.tensor([7], device=DEVICE)
+    y = launch_shared_dropout(x, 0.5, seed)
+    kept = launch_shared_dropout(torch.ones(1, 5, 1, device=DEVICE), 0.5, seed) != 0
+    torch.testing.assert_close(y, torch.where(kept, 2 * x, 0.0))
+    print(f"decisions {kept.flatten().int().tolist()} hold for all repeats and columns")
 
 # %%
 # Rows are not columns
 # --------------------
 #
-# ``WeightDrop(..., variational=True)`` has raised the same question since 2017: is it Gal's
-# dropout? Its mask of shape (4H, 1) zeroes *rows* of U. Gal's mask multiplies h, and that is
-# zeroing *columns* of U, since :math:`U (m \cdot h) = (U \,\mathrm{diag}(m))\, h`. Do it in
-# numbers: a batch of two sequences, and what is left of U for each.
+# Is ``WeightDrop(..., variational=True)`` Gal's dropout? No. Its mask of shape (4H, 1) zeroes
+# *rows* of U. Gal's mask multiplies h, which has the same effect as zeroing *columns* of U, since
+# :math:`U (m \cdot h) = (U \,\mathrm{diag}(m))\, h`.
+#
+# .. image:: /_static/recurrent_masks.svg
+#    :alt: Left: Gal's mask leaves out columns of U, other columns for each sequence, the same for all gates. Right: variational=True leaves out rows of U, the same for all sequences, so that single gates lose all of h.
+#
+# A dropped column takes one unit of h away from *all* gates of one sequence. A dropped row takes
+# *all* of h away from one gate of one unit, in all sequences. That may be useful noise, but it is
+# neither the mask of the paper nor Keras's, and no setting of ``WeightDrop`` gives those: a mask that
+# differs between the sequences of a batch does not fit into one weight matrix. It has to be applied
+# in the loop over time, and :ref:`fused lstm` does that.
+#
+# As a public function
+# --------------------
+#
+# Dropout is linear in x, and its gradient is the same dropout, with the same seed, of the gradient
+# that arrives. So ``backward`` calls the function again, and all that is kept between the two passes
+# is the seed. :ref:`operators` explains the pattern.
 
-H = 6
-U = torch.randn(4 * H, H, device=DEVICE)
-h = torch.randn(2, H, device=DEVICE)
-decisions = torch.ones(1, 6 * H, 1, device=DEVICE)
-decisions = shared_dropout(decisions, 0.5, torch.tensor([3], device=DEVICE)).flatten()
-columns, rows = decisions[: 2 * H].view(2, H), decisions[2 * H :].view(4 * H, 1)
+shared_dropout_op = torch.library.custom_op(
+    "fast_and_right::shared_dropout", launch_shared_dropout, mutates_args=()
+)
+shared_dropout_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
 
-gal = torch.stack([(U * columns[i]) @ h[i] for i in range(2)])
-torch.testing.assert_close(gal, (columns * h) @ U.T)
-torch.testing.assert_close(h @ (U * rows).T, (h @ U.T) * rows.T)
 
-figure, axes = plt.subplots(1, 4, figsize=(9, 4), layout="constrained")
-titles = ["Gal, sequence 0", "Gal, sequence 1", "variational, 0", "variational, 1"]
-masks = [*columns[:, None].expand(-1, 4 * H, -1), *rows.expand(2, -1, H)]
-for axis, title, mask in zip(axes, titles, masks, strict=True):
-    axis.imshow((U * mask).cpu(), cmap="RdBu", vmin=-3, vmax=3, aspect="auto")
-    axis.set(title=title, xticks=[], yticks=[6 * gate + 2.5 for gate in range(4)])
-    axis.set(yticklabels="ifgo", xlabel="units of h")
-figure.suptitle("U, as each sequence sees it")
-plt.show()
+class SharedDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(x, p, seed):
+        compiling = torch.compiler.is_compiling()
+        return (shared_dropout_op if compiling else launch_shared_dropout)(x, p, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.p, seed = inputs
+        ctx.save_for_backward(seed)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SharedDropout.apply(gradient, ctx.p, *ctx.saved_tensors), None, None
+
+
+def check_dense(x, axes):
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
+        got = getattr(x, "layout", type(x).__name__)
+        got = "a nested tensor" if getattr(x, "is_nested", False) else got
+        raise TypeError(f"x must be a dense tensor, got {got}")
+    if x.dim() != 3:
+        raise ValueError(f"x must be {axes}, got shape {tuple(x.shape)}")
+
+
+def check_rate(rate, name):
+    if not isinstance(rate, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(rate).__name__}")
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {rate}")
+    return float(rate)
+
+
+def shared_dropout(x, p, seed):
+    """Drop whole ``x[:, i, :]`` with probability p, and scale the others by 1 / (1 - p).
+
+    ``x`` has three dimensions, (repeats, decisions, width), any strides, and dtype float16,
+    bfloat16, float32 or float64; p is in [0, 1], and is rounded to a multiple of 2^-32;
+    ``seed`` is one int64 on the device of ``x``. The result is contiguous. A dropped inf or
+    NaN becomes 0. Differentiable any number of times, in reverse mode only; works under
+    ``torch.compile``. Wrong arguments raise TypeError or ValueError.
+    """
+    check_dense(x, "(repeats, decisions, width)")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.device.type != DEVICE:
+        raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        raise ValueError(f"seed must be one int64 on {x.device}, got {seed}")
+    return SharedDropout.apply(x, check_rate(p, "p"), seed)
+
 
 # %%
-# The two asserts say what each does. A dropped column takes one unit of h away from *all* gates of
-# one sequence. A dropped row takes *all* of h away from one gate of one unit, in all sequences:
-# that gate then sees the input alone. Nothing is wrong with that as noise, but it is not the mask
-# that the theory is about, it is not the same as Keras's ``recurrent_dropout``, and there is no
-# setting of ``WeightDrop`` that is. Gal's mask differs between the sequences of a batch, so no
-# single weight matrix can hold it. It belongs in the time loop, and
-# :ref:`fused lstm` puts it there.
-#
 # The modules
 # -----------
 #
-# Three modules, with the names and the arguments of awd-lstm-lm. Each draws a seed in its forward
-# pass from PyTorch's own generator of the device: ``torch.manual_seed`` governs it, ``checkpoint``
-# replays it, and the module has no state that a copy, a pickle or a checkpoint could lose.
-
-
-def check_p(p):
-    if not isinstance(p, numbers.Real):
-        raise TypeError(f"p must be a number, got {type(p).__name__}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be in [0, 1], got {p}")
-    return float(p)
+# Each module draws a seed in its forward pass, from PyTorch's own generator on the device.
+# ``torch.manual_seed`` sets that generator, ``torch.utils.checkpoint`` replays it, and the module has
+# no state that a copy or a saved file could lose.
 
 
 def draw_seed(device):
@@ -362,114 +288,78 @@ def draw_seed(device):
 
 
 class LockedDropout(torch.nn.Module):
-    """Dropout with one mask for all time steps.
+    """Dropout of (time, batch, features) with one mask for all time steps.
 
-    In training, an input of shape (time, batch, features) is multiplied by a mask of shape
-    (1, batch, features), drawn anew in each call and scaled by 1 / (1 - p). In evaluation
-    the input is returned as it is.
-
-    Parameters
-    ----------
-    p : float
-        The probability of dropping, in [0, 1].
-
-    Raises
-    ------
-    TypeError, ValueError
-        If ``p`` is not a number in [0, 1], or the input does not have three dimensions.
-
-    References
-    ----------
-    Gal and Ghahramani, 2016; Merity, Keskar and Socher, 2017.
+    In training, each call draws a new mask. In evaluation the input is returned as it is.
+    ``dropout`` is the probability of dropping, in [0, 1]; a call may bring another one.
     """
 
-    def __init__(self, p=0.5):
+    def __init__(self, dropout=0.5):
         super().__init__()
-        self.p = check_p(p)
+        self.dropout = check_rate(dropout, "dropout")
 
-    def forward(self, x):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if x.dim() != 3:
-            raise ValueError(
-                f"x must be (time, batch, features), got shape {tuple(x.shape)}"
-            )
-        if not self.training or self.p == 0:
+    def forward(self, x, dropout=None):
+        check_dense(x, "(time, batch, features)")
+        dropout = self.dropout if dropout is None else check_rate(dropout, "dropout")
+        if not self.training or dropout == 0:
             return x
         flat = x.reshape(len(x), x.shape[1] * x.shape[2], 1)
-        return shared_dropout(flat, self.p, draw_seed(x.device)).view(x.shape)
+        return shared_dropout(flat, dropout, draw_seed(x.device)).view(x.shape)
 
 
 # %%
-# ``WeightDrop`` wraps any module. The old one renamed the weights and set masked ones in their
-# place in each call. That broke copying, pickling, and switching between training and evaluation,
-# and it took the weights out of the one block of memory in which cuDNN wants them, hence the
-# famous warning. Here nothing is renamed and nothing is set: ``functional_call`` runs the module
-# as if it had other weights. For an LSTM, a GRU or an RNN the masked weights are laid side by
-# side, as cuDNN wants them, matrices first.
+# ``WeightDrop`` wraps any module. The one of awd-lstm-lm renames the weights and sets masked ones in
+# their place in each call, which breaks copying after a training step, and makes cuDNN warn that the
+# weights are no longer in one block of memory. Here ``torch.func.functional_call`` runs the module as
+# if it had other weights. For an LSTM, a GRU or an RNN these are laid side by side in one block, as
+# cuDNN wants them, matrices first.
+#
+# The last lines of ``forward`` save memory. ``torch.nn.LSTM`` keeps a list of the weights that it used
+# last, and would hold the masked copy of all weights until the next call.
+
+from collections.abc import Iterable
+
+from torch.func import functional_call
 
 
 class WeightDrop(torch.nn.Module):
-    """Run a module with some of its weights dropped.
+    """Run a module with some of its weights dropped, anew in each call in training.
 
-    In training, each call draws new masks. In evaluation the module runs as it is.
-
-    Parameters
-    ----------
-    module : torch.nn.Module
-        Any module. Its parameters stay its own, under the same names. (The replicas of
-        ``nn.DataParallel`` have none: use ``DistributedDataParallel``.)
-    weights : list of str
-        The names of the parameters to drop, such as ``["weight_hh_l0"]``.
-    p : float
-        The probability of dropping, in [0, 1].
-    variational : bool
-        False drops single elements. True drops whole rows, as awd-lstm-lm does: for a
-        recurrent weight (4H, H) that is all recurrent input of one gate of one unit. It
-        is not the mask of Gal and Ghahramani, which drops columns, a sequence at a time.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If ``p`` is not a number in [0, 1], or ``weights`` is not a list of names of
-        parameters of ``module``.
-
-    References
-    ----------
-    Merity, Keskar and Socher, "Regularizing and optimizing LSTM language models", 2017;
-    Wan et al., "Regularization of neural networks using DropConnect", 2013.
+    ``weights`` is a list of names of parameters of ``module``, such as ["weight_hh_l0"], which
+    stay where they are. ``dropout`` is the probability of dropping, in [0, 1]. With
+    ``variational=True`` whole rows are dropped: of a recurrent weight, all that one gate of
+    one unit receives. Not for ``nn.DataParallel``, whose replicas have no parameters.
     """
 
-    def __init__(self, module, weights, p=0.5, variational=False):
+    def __init__(self, module, weights, dropout=0.5, variational=False):
         super().__init__()
-        if isinstance(weights, str):
-            raise TypeError(
-                f"weights must be a list of names, got the string {weights!r}"
-            )
+        if isinstance(weights, str) or not isinstance(weights, Iterable):
+            raise TypeError(f"weights must be a list of names, got {weights!r}")
         weights = list(weights)
-        if len(set(weights)) < len(weights):
-            raise ValueError(f"weights must differ from each other, got {weights}")
         names = [name for name, _ in module.named_parameters()]
-        for name in weights:
-            if name not in names:
-                raise ValueError(f"weights must be among {names}, got {name!r}")
-        self.module, self.weights, self.p = module, weights, check_p(p)
-        self.variational = variational
+        if any(name not in names or weights.count(name) > 1 for name in weights):
+            raise ValueError(f"weights must be different ones of {names}, got {weights}")
+        self.module, self.weights = module, weights
+        self.dropout, self.variational = check_rate(dropout, "dropout"), variational
 
     def forward(self, *args, **kwargs):
-        if not self.training or self.p == 0:
+        if not self.training or self.dropout == 0:
             return self.module(*args, **kwargs)
         parameters = dict(self.module.named_parameters())
         for name in self.weights:
             raw = parameters[name]
-            shared = raw.dim() - 1 if self.variational else 0
-            width = raw.shape[raw.dim() - shared :].numel()
-            flat = raw.reshape(1, raw.numel() // max(width, 1), width)
-            dropped = shared_dropout(flat, self.p, draw_seed(raw.device))
+            n = raw.shape[:1].numel() if self.variational else raw.numel()
+            flat = raw.reshape(1, n, raw.numel() // max(n, 1))
+            dropped = shared_dropout(flat, self.dropout, draw_seed(raw.device))
             parameters[name] = dropped.view(raw.shape)
         if isinstance(self.module, torch.nn.RNNBase):
             parameters = side_by_side(parameters)
-        return functional_call(self.module, parameters, args, kwargs)
+        output = functional_call(self.module, parameters, args, kwargs)
+        for part in self.module.modules():
+            if isinstance(part, torch.nn.RNNBase):
+                names = part._flat_weights_names
+                part._flat_weights = [getattr(part, name) for name in names]
+        return output
 
 
 def side_by_side(parameters):
@@ -482,36 +372,19 @@ def side_by_side(parameters):
 
 
 # %%
-# ``EmbeddingDropout`` drops words, not numbers: a decision holds for all features of a word,
-# wherever in the batch it occurs.
+# ``EmbeddingDropout`` drops words rather than numbers: a decision holds for all features of a word,
+# wherever the word stands in the batch.
 
 
 class EmbeddingDropout(torch.nn.Module):
-    """Look words up in an embedding from which whole words are dropped.
+    """Look words up in an ``nn.Embedding`` from which whole words are dropped.
 
-    In training, each call draws one decision for each word of the vocabulary. A dropped word
-    is a row of zeros, the others are scaled by 1 / (1 - p). In evaluation the embedding is
-    used as it is. Its ``padding_idx`` and ``scale_grad_by_freq`` are honoured.
-
-    Parameters
-    ----------
-    embedding : torch.nn.Embedding
-        The embedding. Its weight stays its own, so that an output layer can share it.
-    p : float
-        The probability of dropping a word, in [0, 1].
-
-    Raises
-    ------
-    TypeError, ValueError
-        If ``p`` is not a number in [0, 1], or ``embedding`` is not an ``nn.Embedding``, or one
-        with ``sparse``, ``max_norm`` or a parametrized weight.
-
-    References
-    ----------
-    Gal and Ghahramani, 2016; Merity, Keskar and Socher, 2017.
+    In training, each call drops each word of the vocabulary with probability ``dropout``. The
+    weight stays the embedding's, so an output layer can share it. ``padding_idx`` and
+    ``scale_grad_by_freq`` are honoured; ``sparse`` and ``max_norm`` are refused.
     """
 
-    def __init__(self, embedding, p=0.1):
+    def __init__(self, embedding, dropout=0.1):
         super().__init__()
         if not isinstance(embedding, torch.nn.Embedding):
             got = type(embedding).__name__
@@ -520,322 +393,72 @@ class EmbeddingDropout(torch.nn.Module):
             raise ValueError("embedding must have sparse=False and max_norm=None")
         if "weight" not in dict(embedding.named_parameters(recurse=False)):
             raise ValueError("embedding must have a weight that nothing else computes")
-        self.embedding, self.p = embedding, check_p(p)
+        self.embedding, self.dropout = embedding, check_rate(dropout, "dropout")
 
     def forward(self, words):
-        if not self.training or self.p == 0:
+        if not self.training or self.dropout == 0:
             return self.embedding(words)
         weight = self.embedding.weight
-        dropped = shared_dropout(weight[None], self.p, draw_seed(weight.device))[0]
-        return functional_call(self.embedding, {"weight": dropped}, words)
+        dropped = shared_dropout(weight[None], self.dropout, draw_seed(weight.device))
+        return functional_call(self.embedding, {"weight": dropped[0]}, words)
 
 
 # %%
-# (``functional_call`` comes from ``torch.func``. It passes on what the embedding was made with, so
-# an absent ``padding_idx`` is not mistaken for -1, the last word, as happens to code from before
-# -1 had that meaning.)
-#
 # Against the originals
 # ---------------------
 #
-# awd-lstm-lm draws its masks with ``bernoulli_`` and divides by 1 - p. Its formulas, with our masks
-# put in, must give our outputs. To see the mask of a module, pass it ones after the same
-# ``torch.manual_seed``.
+# awd-lstm-lm draws its masks with ``bernoulli_`` and divides by 1 - p. If we put our masks into its
+# formulas, we must get our outputs. ``LockedDropout`` on ones shows the decisions that any of the
+# modules makes after the same ``torch.manual_seed``.
 
 
-def same_seed(module, *inputs):
+def after_seed_5(module, *inputs):
     torch.manual_seed(5)
     return module(*inputs)
 
 
-T, B, F, H, p = 5, 3, 4, 6, 0.4
-x = torch.randn(T, B, F, device=DEVICE)
-locked = LockedDropout(p)
-mask = same_seed(locked, torch.ones(1, B, F, device=DEVICE))
-torch.testing.assert_close(same_seed(locked, x), x * mask.expand_as(x))
-print(
-    f"LockedDropout: a mask of {tuple(mask.shape)}, {(mask == 0).sum()} of {mask.numel()} dropped"
-)
-
-lstm = torch.nn.LSTM(F, H).to(DEVICE)
-for variational in (False, True):
-    ones = torch.nn.Linear(H, 4 * H, bias=False).to(DEVICE)
-    torch.nn.init.ones_(ones.weight)
-    mask = same_seed(
-        WeightDrop(ones, ["weight"], p, variational), torch.eye(H, device=DEVICE)
-    ).T
-    expected = torch.nn.LSTM(F, H).to(DEVICE)
-    expected.load_state_dict(lstm.state_dict())
-    with torch.no_grad():
-        expected.weight_hh_l0 *= mask
-    got = same_seed(WeightDrop(lstm, ["weight_hh_l0"], p, variational), x)[0]
-    torch.testing.assert_close(got, expected(x)[0])
-    n_rows = (mask == 0).all(dim=1).sum()
-    print(
-        f"WeightDrop, variational={variational}: {n_rows} of {4 * H} rows dropped whole"
-    )
-
-words = torch.tensor([[1, 9, 1], [3, 9, 0]], device=DEVICE)
-table = torch.nn.Embedding(10, F, padding_idx=0).to(DEVICE)
-mask = same_seed(LockedDropout(p), torch.ones(1, 10, 1, device=DEVICE))[0]
-expected = torch.nn.functional.embedding(words, table.weight * mask)
-torch.testing.assert_close(same_seed(EmbeddingDropout(table, p), words), expected)
-print(f"EmbeddingDropout: words {mask[:, 0].argwhere()[:, 0].tolist()} are kept")
-
-# %%
-# What does it cost?
-# ------------------
-#
-# ``WeightDrop`` leaves cuDNN's LSTM whole, and what it adds, once a call, is a pass over U and one
-# over all weights to lay them side by side, forward and backward. Against 70 steps of matrix
-# products that should be little. Here are LSTMs of the AWD-LSTM paper's kind, 70 steps, batch 80,
-# 400 inputs, up to its 1150 units and beyond, forward and backward.
-
-import warnings
-
-
-def training_time(module, x):
-    """Milliseconds of a forward and a backward pass."""
-    y = module(x)[0]
-    gradient = torch.randn_like(y)
-    inputs = [x, *module.parameters()]
-
-    def step():
-        torch.autograd.grad(module(x)[0], inputs, gradient)
-
-    return triton.testing.do_bench(step, return_mode="median")
-
-
-@triton.testing.perf_report(
-    [
-        triton.testing.Benchmark(
-            x_names=["n_units"],
-            x_vals=[256, 512, 768, 1150, 1536],
-            line_arg="form",
-            line_vals=["rows", "elements", "plain"],
-            line_names=["WeightDrop, variational=True", "WeightDrop", "no dropout"],
-            styles=[("#d55e00", ":"), ("#d55e00", "-"), ("#0072b2", "-")],
-            xlabel=f"units, {dtype}\n{MACHINE}",
-            ylabel="ms",
-            plot_name=f"weight-drop-{dtype}",
-            args={"dtype": getattr(torch, dtype)},
-        )
-        for dtype in ("float32", "bfloat16")
-    ]
-)
-def benchmark(form, n_units, dtype):
-    x = torch.randn(70, 80, 400, device=DEVICE, dtype=dtype, requires_grad=True)
-    module = torch.nn.LSTM(400, n_units, device=DEVICE, dtype=dtype)
-    if form != "plain":
-        module = WeightDrop(module, ["weight_hh_l0"], 0.5, form == "rows")
-    with warnings.catch_warnings():
-        # In bfloat16, PyTorch's own LSTM complains that its weights need to be compacted.
-        warnings.simplefilter("ignore" if form == "plain" else "error")
-        return training_time(module, x)
-
-
-if INTERPRET:
-    print("No figures: speed is measured on a GPU only, and this run had none.")
-elif __name__ == "__main__":
-    for dtype, times in zip(
-        ("float32", "bfloat16"),
-        benchmark.run(show_plots=True, return_df=True),
-        strict=True,
-    ):
-        n_units, rows, elements, plain = times.iloc[3]
-        print(
-            f"{n_units:.0f} units, {dtype}: {elements / plain:.3f} times as long as without "
-            f"dropout (variational=True: {rows / plain:.3f})"
-        )
-
-# %%
-# With few units the GPU is done with a step before the CPU has launched the next, and what you see
-# is the CPU's time. It wavers, and there ``WeightDrop`` costs a good deal: it has more to launch. In
-# bfloat16 PyTorch's LSTM lays its weights side by side in each call, too, so only float32 shows what
-# that costs. On the GPU recorded below, 1150 units take longer than 1536: tensor cores want rows
-# that begin at multiples of 16 bytes, and 1150 numbers of either dtype are none. :ref:`fused lstm`
-# does something about both.
-#
-# A language model
-# ----------------
-#
-# AWD-LSTM (Merity et al., 2017) uses all three at once. In order: embedding dropout, locked
-# dropout, LSTM layers with dropped weights and locked dropout between them, locked dropout, and an
-# output layer that shares the embedding's weights. Here it is, small, with a switch for each part.
-# Naive stands for ``nn.Dropout`` in the place of ``LockedDropout``: between layers, never on the
-# state.
-
-from itertools import pairwise
-
-
-class LanguageModel(torch.nn.Module):
-    """Words in, scores of the next word out; (time, batch) to (time, batch, words)."""
-
-    def __init__(
-        self, n_words, width, hidden, naive=0.0, locked=0.0, weight=0.0, word=0.0
-    ):
-        super().__init__()
-        embedding = torch.nn.Embedding(n_words, width)
-        torch.nn.init.normal_(embedding.weight, std=0.3)
-        self.embedding = EmbeddingDropout(embedding, word)
-        self.lstms = torch.nn.ModuleList(
-            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight)
-            for sizes in pairwise([width, hidden, width])
-        )
-        self.dropout = torch.nn.Dropout(naive) if naive else LockedDropout(locked)
-        self.bias = torch.nn.Parameter(torch.zeros(n_words))
-
-    def forward(self, words, states):
-        x = self.dropout(self.embedding(words))
-        new_states = []
-        for lstm, state in zip(self.lstms, states, strict=True):
-            x, state = lstm(x, state)
-            x = self.dropout(x)
-            new_states.append([part.detach() for part in state])
-        weight = self.embedding.embedding.weight
-        return torch.nn.functional.linear(x, weight, self.bias), new_states
-
-
-# %%
-# The text is the help of Python's own interpreter, which comes with every Python: what
-# ``help("FORMATTING")`` prints. Paragraphs that occur twice are taken once. The last tenth of each
-# topic is held out. Words that the training part has only once become ``<unk>``.
-
-import re
-from collections import Counter
-from pydoc_data.topics import topics
-
-
-def read_corpus():
-    """Training and held-out text as tensors of word numbers, and the number of words."""
-    parts, seen = ([], []), set()
-    for topic in sorted(topics):
-        paragraphs = [
-            tuple(re.findall(r"[a-z_]+|[.,:;()]", paragraph))
-            for paragraph in topics[topic].lower().split("\n\n")
-        ]
-        fresh = [p for p in dict.fromkeys(paragraphs) if p and p not in seen]
-        seen.update(fresh)
-        cut = round(0.9 * len(fresh))
-        for part, chosen in zip(parts, (fresh[:cut], fresh[cut:]), strict=True):
-            part += [word for p in chosen for word in [*p, "<eos>"]]
-    counts = Counter(parts[0])
-    known = ["<unk>", *(word for word, count in counts.items() if count > 1)]
-    number = {word: i for i, word in enumerate(known)}
-    texts = [torch.tensor([number.get(word, 0) for word in part]) for part in parts]
-    return *texts, len(known)
-
-
-training, held_out, n_words = read_corpus()
-share = (training == 0).float().mean()
-print(
-    f"{len(training)} words to train on, {len(held_out)} held out, {n_words} different ones; "
-    f"{share:.1%} are <unk>"
-)
-
-# %%
-# The loop is the usual one: the text as some streams side by side, cut into pieces, the state
-# carried over from piece to piece, Adam, and gradients clipped. The perplexity is the exponential
-# of the mean loss of a word: among how many words the model hesitates, as it were. On a CPU the
-# sizes shrink so that it takes seconds, and the perplexities mean nothing.
-
-VARIANTS = {
-    "no dropout": {},
-    "naive": {"naive": 0.5},
-    "locked": {"locked": 0.5},
-    "weight drop": {"weight": 0.5},
-    "all together": {"locked": 0.5, "weight": 0.5, "word": 0.1},
-}
-if INTERPRET:
-    STREAMS, PIECE, WIDTH, HIDDEN, EPOCHS, SEEDS = 2, 4, 4, 4, 2, 2
-    training, held_out = training[:10], held_out[:10]
-else:
-    STREAMS, PIECE, WIDTH, HIDDEN, EPOCHS, SEEDS = 40, 70, 200, 300, 16, 3
-
-
-def streams(text, n):
-    """The text cut into n streams side by side: (time, n)."""
-    length = len(text) // n
-    return text[: n * length].view(n, length).T.to(DEVICE)
-
-
-def run_through(model, text, optimizer=None):
-    """The mean loss of a word in the text; with an optimizer, train on the way."""
-    model.train(optimizer is not None)
-    states, total = [None] * len(model.lstms), 0
-    for start in range(0, len(text) - 1, PIECE):
-        words = text[start : start + PIECE + 1]
-        scores, states = model(words[:-1], states)
-        loss = cross_entropy(scores.flatten(0, 1), words[1:].flatten())
-        total += loss.detach() * (len(words) - 1)
-        if optimizer:
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.25)
-            optimizer.step()
-    return (total / (len(text) - 1)).item()
-
-
-def held_out_losses(variant, seed):
-    """Train from scratch; the held-out loss after each epoch."""
-    torch.manual_seed(seed)
-    model = LanguageModel(n_words, WIDTH, HIDDEN, **VARIANTS[variant]).to(DEVICE)
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3, fused=True)
-    losses = []
-    for _ in range(EPOCHS):
-        run_through(model, streams(training, STREAMS), optimizer)
-        with torch.no_grad():
-            losses.append(run_through(model, streams(held_out, STREAMS)))
-    return losses
+def first_decisions(*shape):
+    return after_seed_5(LockedDropout(0.4), torch.ones(1, *shape, device=DEVICE))[0]
 
 
 if __name__ == "__main__":
-    losses = {}
-    print(f"{'held-out perplexity':19} {'best':>12} {'at epoch':>9} {'last':>13}")
-    for variant in VARIANTS:
-        runs = torch.tensor([held_out_losses(variant, seed) for seed in range(SEEDS)])
-        losses[variant] = runs  # (seeds, epochs)
-        best, last = runs.amin(1).exp(), runs[:, -1].exp()
-        epoch = runs.mean(0).argmin().item() + 1
-        print(
-            f"{variant:19} {best.mean():6.1f} ± {best.std():3.1f} {epoch:9}"
-            f" {last.mean():7.1f} ± {last.std():3.1f}"
-        )
+    x = torch.randn(5, 3, 4, device=DEVICE)
+    y = after_seed_5(LockedDropout(0.4), x)
+    torch.testing.assert_close(y, x * first_decisions(3, 4).expand_as(x))
 
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    colours = ["#555555", "#cc79a7", "#0072b2", "#009e73", "#d55e00"]
-    for (variant, runs), colour in zip(losses.items(), colours, strict=True):
-        epochs = range(1, EPOCHS + 1)
-        axis.plot(epochs, runs.mean(0), color=colour, label=variant)
-        axis.fill_between(epochs, runs.amin(0), runs.amax(0), color=colour, alpha=0.2)
-    axis.set(xlabel=f"epochs\n{MACHINE}", ylabel="held-out loss, nats a word")
-    axis.set_title(f"Mean and range of {SEEDS} seeds")
-    axis.legend()
-    plt.show()
+    lstm = torch.nn.LSTM(4, 6).to(DEVICE)
+    for variational, width in ((False, 6), (True, 1)):
+        module = WeightDrop(lstm, ["weight_hh_l0"], 0.4, variational)
+        weight = {"weight_hh_l0": lstm.weight_hh_l0 * first_decisions(24, width)}
+        expected = functional_call(lstm, weight, x)[0]
+        torch.testing.assert_close(after_seed_5(module, x)[0], expected)
+
+    table = torch.nn.Embedding(10, 4).to(DEVICE)
+    words = torch.tensor([[1, 9, 1], [3, 9, 0]], device=DEVICE)
+    y = after_seed_5(EmbeddingDropout(table, 0.4), words)
+    torch.testing.assert_close(y, (table.weight * first_decisions(10, 1))[words])
+    print("LockedDropout, WeightDrop and EmbeddingDropout follow the published formulas")
 
 # %%
-# What may you conclude? Without dropout the network soon learns the training text by heart, and its
-# held-out loss climbs. Every form of dropout delays that or prevents it, and the lines show by how
-# much, at these rates.
+# The names and the order of the arguments are those of awd-lstm-lm as well, so
+# ``LockedDropout()(x, 0.4)`` and ``WeightDrop(lstm, weights, dropout=0.4)`` work. Four things differ:
 #
-# And what not? The training is short: a line that still falls at its end would go on, and the more
-# is dropped, the longer. This text has far fewer words than the papers' benchmarks, Penn Treebank
-# with about a million and WikiText-2 with two. The spread is over seeds alone; the rates were not
-# tuned for each line; and the best epoch is picked on the held-out text itself, which flatters all
-# of them. Forms within each other's spread are not ranked by this.
-# Nor can these perplexities be set beside the published 57.3 (Penn Treebank) and 65.8 (WikiText-2)
-# of AWD-LSTM: another text, another vocabulary, a larger model, much tuning, and averaged SGD.
+# - ``WeightDrop`` drops half of the weights unless told otherwise, and the original none;
+# - with ``variational=True`` the original drops in evaluation, too, and ours does not;
+# - the original renames the weights, so its saved files have names that end in ``_raw``;
+# - embedding dropout is a module here, and there a function with one more argument, ``scale``.
+#
+# :ref:`language model` trains with all three, and measures what they cost.
 #
 # Exercises
 # ---------
 #
-# 1. Embedding dropout passes over the whole table though a batch uses few of its words. Write a
+# 1. Embedding dropout passes over the whole table, though a batch uses few of its words. Write a
 #    kernel that looks up and drops at once. Which number is the decision's index?
 # 2. Make ``LockedDropout`` share its mask among the sequences, too. Which view of the tensor does
-#    it?
-# 3. Add zoneout to the plain loop of :ref:`fused lstm`. Why is there nothing to scale?
-# 4. Train with ``variational=True`` in place of the plain ``WeightDrop``, over three seeds. Can
-#    you tell them apart?
+#    that?
+# 3. Write the LSTM as a plain loop over time in PyTorch, and add zoneout. Why is there nothing to
+#    scale?
 #
 # .. note::
 #    Try it first.
@@ -874,12 +497,12 @@ if __name__ == "__main__":
 #
 #       .. code-block:: python
 #
-#          class SharedDropout(LockedDropout):
+#          class TiedDropout(LockedDropout):
 #              def forward(self, x):
-#                  if not self.training or self.p == 0:
+#                  if not self.training or self.dropout == 0:
 #                      return x
 #                  flat = x.reshape(-1, x.shape[2], 1)
-#                  return shared_dropout(flat, self.p, draw_seed(x.device)).view(x.shape)
+#                  return shared_dropout(flat, self.dropout, draw_seed(x.device)).view(x.shape)
 #
 #    3. A value is the old one or the new one, and both have the usual size: nothing is zeroed that
 #       the others would have to make up for. At test time the two are mixed, p of the old and 1 - p
@@ -900,15 +523,6 @@ if __name__ == "__main__":
 #                  c = torch.where(torch.rand_like(c) < p_c, c, new_c)
 #                  outputs.append(h)
 #              return torch.stack(outputs), c
-#
-#    4. One argument more. Compare the difference of the two means with the spread of the seeds,
-#       which the table prints behind each. If the ranges overlap, three seeds can't tell, and the
-#       honest answer is no.
-#
-#       .. code-block:: diff
-#
-#          -            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight)
-#          +            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight, True)
 #
 # References
 # ----------
