@@ -3,23 +3,23 @@ import io
 import math
 import pickle
 import warnings
+import weakref
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
+import numpy as np
 import pytest
-import recurrent_dropout
 import torch
 from recurrent_dropout import (
     DEVICE,
     FORMS,
-    VARIANTS,
+    HEADERS,
     EmbeddingDropout,
-    LanguageModel,
     LockedDropout,
     WeightDrop,
-    picture,
-    read_corpus,
     shared_dropout,
+    shared_dropout_op,
     side_by_side,
 )
 from seeded_dropout import seeded_dropout4x
@@ -123,51 +123,74 @@ def test_gradients(randn):
     assert gradient.shape == x.shape
 
 
-def test_operator_keeps_its_promises(randn):
-    for x in (randn(2, 3, 2), randn(2, 2, 3).mT, randn(2, 3, 2).requires_grad_()):
-        torch.library.opcheck(shared_dropout, (x, 0.5, seed_of(7)))
+def test_operator_keeps_its_promises(randn, dtype):
+    for x in (randn(2, 3, 2, dtype=dtype), randn(2, 2, 3, dtype=dtype).mT):
+        torch.library.opcheck(shared_dropout_op, (x, 0.5, seed_of(7)))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
+def test_the_gradient_is_the_same_dropout(randn, p):
+    x, gradient = randn(2, 9, 3).requires_grad_(), randn(3, 9, 2).transpose(0, 2)
+    y = shared_dropout(x, p, seed_of(3))
+    (got,) = torch.autograd.grad(y, x, gradient, retain_graph=True)
+    assert torch.equal(got, shared_dropout(gradient, p, seed_of(3)))
+    (got,) = torch.autograd.grad(y, x, randn(1, 1, 1).expand(2, 9, 3))
+    assert torch.equal(got == 0, shared_dropout(torch.ones_like(x), p, seed_of(3)) == 0)
+
+
+def test_input_is_left_alone(randn):
+    x = randn(2, 9, 3)
+    before = x.clone()
+    shared_dropout(x, 0.5, seed_of(1))
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(
     ("x", "p", "seed", "error", "message"),
     [
-        (torch.ones(1, 3, 1).int(), 0.5, seed_of(1), TypeError, "x must be float16"),
-        (torch.ones(3), 0.5, seed_of(1), ValueError, "x must have 3 dimensions, got 1"),
-        (torch.ones(1, 3, 1), 1.5, seed_of(1), ValueError, "p must be in"),
-        (torch.ones(1, 3, 1), math.nan, seed_of(1), ValueError, "p must be in"),
+        ([1.0], 0.5, seed_of(1), TypeError, "x must be a dense tensor, got list"),
         (
-            torch.ones(1, 3, 1),
+            torch.ones(1, 3, 1).to_sparse(),
             0.5,
-            seed_of(1).int(),
-            ValueError,
-            "seed must be one int64",
+            seed_of(1),
+            TypeError,
+            "x must be a dense tensor, got torch.sparse_coo",
         ),
+        (torch.ones(1, 3, 1).int(), 0.5, seed_of(1), TypeError, "x must be float16"),
+        (torch.ones(1, 3, 1).to(torch.complex64), 0.5, seed_of(1), TypeError, "x must be float16"),
+        (torch.ones(3), 0.5, seed_of(1), ValueError, r"x must be \(repeats, .*got shape \(3,\)"),
+        (torch.ones(1, 3, 1, device="meta"), 0.5, seed_of(1), ValueError, "device type"),
+        (torch.ones(1, 3, 1), 1.5, seed_of(1), ValueError, r"p must be in \[0, 1\], got 1.5"),
+        (torch.ones(1, 3, 1), math.nan, seed_of(1), ValueError, "p must be in"),
+        (torch.ones(1, 3, 1), "0.5", seed_of(1), TypeError, "p must be a number, got str"),
+        (torch.ones(1, 3, 1), 0.5, seed_of(1).int(), ValueError, "seed must be one int64"),
         (torch.ones(1, 3, 1), 0.5, seed_of(1)[:0], ValueError, "seed must be one int64"),
     ],
-)
+)  # fmt: skip
 def test_errors_of_the_operator(x, p, seed, error, message):
+    if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+        x = x.to(DEVICE)
     with pytest.raises(error, match=message):
-        shared_dropout(x.to(DEVICE), p, seed)
+        shared_dropout(x, p, seed)
 
 
 # The table
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_the_picture_of_a_mask_repeats_where_decisions_are_shared(name):
-    target, shape, *rest = FORMS[name]
-    assert len(rest) == 3
-    image = picture(target, shape, 1)
-    if shape[0] in "GV":
-        assert image.shape == ((6, 24) if shape[0] == "G" else (12, 24))
-        assert (shape[-1] == "1") == bool(
-            (image == image[:, :1]).all() or (image == image[:1]).all()
-        )
-        return
-    image = image.view(4, 3, 4, 6)  # steps, sequences, gates, units
-    assert ("1" in shape) == bool((image == image[:1]).all())
-    assert ("G" in shape or target == "g") == bool((image != image[:, :, :1]).any())
-    assert (image != image[:, :1]).any()
+def test_the_table_has_a_shape_and_a_source_for_each_form(name):
+    assert len(FORMS[name]) == len(HEADERS) - 1
+    target, shape, gates, drawn, *_ = FORMS[name]
+    assert set(shape.split()) <= set("TBGHV1")
+    assert ("G" in shape) == (gates == "own")
+    assert ("T" in shape) == (drawn == "step")
+
+
+def test_the_drawing_has_all_forms():
+    drawing = Path(__file__).parent.parent / "docs/_static/recurrent_forms.svg"
+    text = drawing.read_text()
+    for name, (_, shape, *_) in FORMS.items():
+        assert f">{name}</text>" in text and shape.replace(" ", " × ") in text
 
 
 # LockedDropout
@@ -198,20 +221,49 @@ def test_locked_dropout_of_little(shape):
     assert y.shape == shape
 
 
-def test_locked_dropout_refuses_other_shapes():
+def test_locked_dropout_refuses_other_inputs():
     with pytest.raises(
         ValueError, match=r"x must be \(time, batch, features\), got shape"
     ):
         LockedDropout(0.5)(torch.ones(3, 4, device=DEVICE))
+    with pytest.raises(TypeError, match="x must be a dense tensor, got ndarray"):
+        LockedDropout(0.5)(np.ones((2, 3, 4)))
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_get_a_sentence(layout):
+    parts = [torch.ones(2, 3, device=DEVICE), torch.ones(4, 3, device=DEVICE)]
+    x = torch.nested.nested_tensor(parts, layout=layout)
+    for module in (LockedDropout(0.5), LockedDropout(0.5).eval()):
+        with pytest.raises(TypeError, match="x must be a dense tensor, got a nested"):
+            module(x)
+
+
+def test_locked_dropout_takes_the_rate_of_a_call():
+    """As in awd-lstm-lm: ``LockedDropout()(x, dropout)``."""
+    x, module = torch.ones(2, 100, 100, device=DEVICE), LockedDropout()
+    assert module(x, 0) is x and module(x, dropout=0.0) is x
+    assert module.eval()(x, 0.9) is x
+    module.train()
+    assert not module(x, 1.0).any()
+    for rate in (None, 0.1, 0.5):
+        y = same_seed(module, x, rate)
+        assert torch.equal(y, same_seed(LockedDropout(0.5 if rate is None else rate), x))
+    kept = (module(x, 0.1) != 0).float().mean().item()
+    # one mask of 10 000 decisions; five deviations
+    assert abs(kept - 0.9) < 5 * (0.9 * 0.1 / 10_000) ** 0.5
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\], got -0.1"):
+        module(x, -0.1)
 
 
 @pytest.mark.parametrize("make", [LockedDropout, partial(WeightDrop, torch.nn.Linear(2, 2), ["weight"]), partial(EmbeddingDropout, torch.nn.Embedding(2, 2))])  # fmt: skip
-def test_modules_refuse_a_p_that_is_none(make):
-    with pytest.raises(ValueError, match=r"p must be in \[0, 1\], got 1.1"):
+def test_modules_refuse_a_rate_that_is_none(make):
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\], got 1.1"):
         make(1.1)
-    with pytest.raises(ValueError, match="p must be in"):
+    with pytest.raises(ValueError, match="dropout must be in"):
         make(math.nan)
-    with pytest.raises(TypeError, match="p must be a number, got str"):
+    with pytest.raises(TypeError, match="dropout must be a number, got str"):
         make("0.5")
 
 
@@ -341,9 +393,16 @@ def test_side_by_side_is_one_block(randn):
 @pytest.mark.parametrize(
     ("weights", "error", "message"),
     [
-        ("weight_hh_l0", TypeError, "weights must be a list of names, got the string"),
-        (["weight_hh"], ValueError, "weights must be among .* got 'weight_hh'"),
-        (["weight_hh_l0"] * 2, ValueError, "weights must differ from each other"),
+        (
+            "weight_hh_l0",
+            TypeError,
+            "weights must be a list of names, got 'weight_hh_l0'",
+        ),
+        (None, TypeError, "weights must be a list of names, got None"),
+        (7, TypeError, "weights must be a list of names, got 7"),
+        (["weight_hh"], ValueError, r"weights must be different .* got \['weight_hh'\]"),
+        ([None], ValueError, r"weights must be different ones of .* got \[None\]"),
+        (["weight_hh_l0"] * 2, ValueError, "weights must be different ones of"),
     ],
 )
 def test_errors_of_weight_drop(weights, error, message):
@@ -363,6 +422,41 @@ def test_weight_drop_takes_any_iterable_and_any_shape(randn):
             assert y.shape == shape and set(y.flatten().tolist()) <= {0.0, 2.0}
             if variational and y.numel() > 0 and y.dim() > 1:
                 assert (y.flatten(1) == y.flatten(1)[:, :1]).all()
+
+
+def test_weight_drop_takes_the_arguments_of_awd_lstm_lm(randn):
+    x, lstm = randn(5, 3, 4), make_lstm()
+    named = WeightDrop(lstm, weights=["weight_hh_l0"], dropout=0.3, variational=True)
+    positional = WeightDrop(lstm, ["weight_hh_l0"], 0.3, True)
+    assert torch.equal(same_seed(named, x)[0], same_seed(positional, x)[0])
+    assert (named.dropout, named.variational) == (0.3, True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'p'"):
+        WeightDrop(lstm, ["weight_hh_l0"], p=0.3)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_weight_drop_lets_the_masked_weights_go(randn, nested, monkeypatch):
+    import recurrent_dropout
+
+    drawn = []
+
+    def watched(*arguments):
+        y = shared_dropout(*arguments)
+        drawn.append(weakref.ref(y))
+        return y
+
+    monkeypatch.setattr(recurrent_dropout, "shared_dropout", watched)
+    x, lstm = randn(5, 3, 4), make_lstm()
+    module = WeightDrop(lstm, ["weight_hh_l0"])
+    if nested:
+        module = WeightDrop(torch.nn.ModuleList([lstm]), ["0.weight_hh_l0"])
+        module.module.forward = lambda x: lstm(x)
+    y = module(x)[0]
+    assert all(a is b for a, b in zip(lstm._flat_weights, lstm.parameters(), strict=True))
+    y.sum().backward()
+    del y
+    assert drawn[0]() is None
+    assert torch.equal(module.eval()(x)[0], lstm(x)[0])
 
 
 # EmbeddingDropout
@@ -481,39 +575,59 @@ def test_weight_drop_of_an_lstm_compiles(randn):
     torch.testing.assert_close(same_seed(compiled, x)[0], same_seed(module, x)[0])
 
 
-def test_the_corpus():
-    training, held_out, n_words = read_corpus()
-    assert len(training) > 20_000 and len(held_out) > 2_000
-    assert training.max() == n_words - 1 and held_out.max() < n_words
-    assert training.min() == held_out.min() == 0
-    counts = torch.bincount(training, minlength=n_words)
-    assert (counts[1:] > 1).all()
+MODULES = {
+    "locked": lambda: LockedDropout(0.5),
+    "weights": lambda: WeightDrop(torch.nn.Linear(4, 4).to(DEVICE), ["weight"], 0.5),
+    "lstm": lambda: WeightDrop(make_lstm(), ["weight_hh_l0"], 0.5),
+}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_language_model_learns(variant, monkeypatch):
-    monkeypatch.setattr(recurrent_dropout, "EPOCHS", 2)
-    text = torch.arange(10 * recurrent_dropout.STREAMS) % 3
-    monkeypatch.setattr(recurrent_dropout, "training", text)
-    monkeypatch.setattr(recurrent_dropout, "held_out", text)
-    monkeypatch.setattr(recurrent_dropout, "n_words", 3)
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_by_torch_func(randn, name):
+    module, x = MODULES[name](), randn(3, 2, 4)
 
-    losses = recurrent_dropout.held_out_losses(variant, 0)
-    assert len(losses) == 2 and losses[1] < losses[0]
-    if variant == "all together":
-        assert losses == recurrent_dropout.held_out_losses(variant, 0)
+    def loss(parameters, x):
+        y = torch.func.functional_call(module, parameters, x)
+        return (y[0] if name == "lstm" else y).sin().sum()
+
+    parameters = dict(module.named_parameters())
+    got = same_seed(torch.func.grad(loss, argnums=(0, 1)), parameters, x)
+    x = x.requires_grad_()
+    inputs = [*parameters.values(), x]
+    expected = torch.autograd.grad(same_seed(loss, parameters, x), inputs)
+    torch.testing.assert_close([*got[0].values(), got[1]], list(expected))
 
 
-def test_the_language_model_shares_its_weights():
-    model = LanguageModel(11, 4, 6, **VARIANTS["all together"]).to(DEVICE)
-    names = [name for name, _ in model.named_parameters()]
-    assert (
-        names[0] == "bias" and "embedding.embedding.weight" in names and len(names) == 10
-    )
-    words = torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
-    scores, states = model(words, [None] * 2)
-    assert scores.shape == (3, 2, 11) and len(states) == 2
-    assert not any(part.requires_grad for state in states for part in state)
+def test_gradients_of_an_embedding_by_torch_func():
+    table = torch.nn.Embedding(7, 3).to(DEVICE)
+    module, words = EmbeddingDropout(table, 0.5), torch.arange(7, device=DEVICE)
+
+    def loss(weight):
+        parameters = {"embedding.weight": weight}
+        return torch.func.functional_call(module, parameters, words).sin().sum()
+
+    got = same_seed(torch.func.grad(loss), table.weight.detach())
+    same_seed(loss, table.weight).backward()
+    torch.testing.assert_close(got, table.weight.grad)
+
+
+def test_forward_mode_is_an_error_and_not_a_zero(randn):
+    x = randn(3, 2, 4)
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        torch.func.jvp(LockedDropout(0.5), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError):
+            LockedDropout(0.5)(dual)
+        for module, name in (
+            (WeightDrop(torch.nn.Linear(4, 4).to(DEVICE), ["weight"]), "module.weight"),
+            (EmbeddingDropout(torch.nn.Embedding(5, 4).to(DEVICE)), "embedding.weight"),
+        ):
+            weight = dict(module.named_parameters())[name].detach()
+            dual = torch.autograd.forward_ad.make_dual(weight, weight)
+            inputs = x if "module" in name else torch.arange(5, device=DEVICE)
+            with pytest.raises(NotImplementedError):
+                torch.func.functional_call(module, {name: dual}, inputs)
 
 
 @pytest.mark.gpu

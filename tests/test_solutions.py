@@ -252,7 +252,7 @@ def test_lookup_drops_the_same_words_as_the_module(solve, randn):
 
 def test_shared_dropout_shares_among_steps_and_sequences(solve, randn):
     x = randn(5, 3, 40)
-    shared = solve("recurrent_dropout", 2).SharedDropout(0.5)
+    shared = solve("recurrent_dropout", 2).TiedDropout(0.5)
     mask = shared(torch.ones_like(x))
     assert torch.equal(mask, mask[:1, :1].expand_as(x))
     assert set(mask.unique().tolist()) == {0, 2}
@@ -260,27 +260,34 @@ def test_shared_dropout_shares_among_steps_and_sequences(solve, randn):
 
 
 def test_zoneout(solve, randn):
-    from fused_lstm import lstm_loop
-
     zoneout_loop = solve("recurrent_dropout", 3).zoneout_loop
-    h, c = randn(2, 3, 6)
-    arguments = randn(5, 3, 4), randn(24, 4), randn(24, 6), randn(24), h, c
-    ones = [torch.ones(1, 3, n, device=DEVICE) for n in (4, 6)]
-    torch.testing.assert_close(
-        zoneout_loop(*arguments, 0, 0), lstm_loop(*arguments, *ones)
-    )
-    outputs, last = zoneout_loop(*arguments, 1, 1)
+    lstm = torch.nn.LSTM(4, 6).to(DEVICE, torch.float64)
+    x, h, c = (randn(*shape).double() for shape in ((5, 3, 4), (3, 6), (3, 6)))
+    weights = lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0
+    expected, (_, last) = lstm(x, (h[None], c[None]))
+    torch.testing.assert_close(zoneout_loop(x, *weights, h, c, 0, 0), (expected, last[0]))
+    outputs, last = zoneout_loop(x, *weights, h, c, 1, 1)
     assert torch.equal(outputs, h.expand(5, -1, -1)) and torch.equal(last, c)
 
 
 def test_variational_weight_drop_trains(changed):
-    lesson = changed(
-        "recurrent_dropout",
-        4,
-        "The text is the help of Python's own interpreter, which comes with every Python: what",
-    )
-    model = lesson.LanguageModel(7, 4, 4, weight=0.5)
+    model = changed("language_model", 1, "The text").LanguageModel(7, 4, 4, weight=0.5)
     assert all(lstm.variational for lstm in model.lstms)
+    words = torch.zeros(3, 2, dtype=torch.int64, device=DEVICE)
+    model.to(DEVICE)(words)[0].sum().backward()
+    for lstm in model.lstms:
+        dropped = (lstm.module.weight_hh_l0.grad == 0).all(dim=1).sum()
+        assert dropped >= 1  # of 16 rows, all but surely: 2^-16 is the chance of none
+
+
+def test_the_full_recipe_without_one_of_its_masks(changed):
+    lesson = changed("language_model", 2, "What may you conclude?")
+    full = lesson.VARIANTS["all together"]
+    less = list(lesson.VARIANTS.values())[-3:]
+    assert all(rates.items() < full.items() for rates in less)
+    assert len({frozenset(rates) for rates in less}) == 3
+    text = torch.arange(10) % 3
+    assert len(lesson.held_out_losses("no words", 0, text, text, 3)) == lesson.EPOCHS
 
 
 def loop_with_masks(lesson, lstm, x, mask_of):
