@@ -180,7 +180,7 @@ def test_errors_of_the_operator(x, p, seed, error, message):
 @pytest.mark.parametrize("name", FORMS)
 def test_the_table_has_a_shape_and_a_source_for_each_form(name):
     assert len(FORMS[name]) == len(HEADERS) - 1
-    target, shape, gates, drawn, *_ = FORMS[name]
+    _, shape, gates, drawn, *_ = FORMS[name]
     assert set(shape.split()) <= set("TBGHV1")
     assert ("G" in shape) == (gates == "own")
     assert ("T" in shape) == (drawn == "step")

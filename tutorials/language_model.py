@@ -4,10 +4,10 @@
 A language model with all of them
 =================================
 
-You train a small language model with three kinds of dropout, each alone and then all of them
-together, and find out which conclusions the result allows. The model is that of AWD-LSTM, and
-the text comes with Python, so nothing has to be downloaded. At the end you measure what dropping
-the weights of an LSTM costs, once with the CPU's time in it and once without.
+You train a small language model with several kinds of dropout, alone and together, and find out
+which conclusions the result allows. The model is that of AWD-LSTM, and the text comes with Python,
+so nothing has to be downloaded. At the end you measure what dropping the weights of an LSTM costs,
+once with the CPU's time in it and once without.
 
 You will learn
 
@@ -389,9 +389,10 @@ if __name__ == "__main__":
 # What does WeightDrop cost?
 # --------------------------
 #
-# ``WeightDrop`` adds one pass over U and one over all weights, forward and backward. Compared with the
-# matrix products of 70 steps that should be little. We measure an LSTM of the AWD-LSTM paper's kind,
-# with 70 steps, a batch of 80 and 400 inputs, for several numbers of units; 1150 is the paper's.
+# ``WeightDrop`` adds one pass over U and one over all weights, forward and backward. In float32
+# ``torch.nn.LSTM`` copies weights that are new to it once more. Compared with the matrix products of
+# 70 steps that should be little. We measure an LSTM of the AWD-LSTM paper's kind, with 70 steps, a
+# batch of 80 and 400 inputs, for several numbers of units; 1150 is the paper's.
 #
 # An LSTM is many small kernels, and the time depends on how fast the CPU launches them. So we measure
 # twice. Dotted lines are plain calls. Solid lines are the same calls *captured* in a CUDA graph, which
@@ -444,7 +445,7 @@ if __name__ == "__main__" and not INTERPRET:
 # machine, so don't conclude anything from a single one.
 #
 # In bfloat16, ``torch.nn.LSTM`` itself copies its weights side by side in each call (it warns about
-# that), so only float32 shows what the copy costs. On an H100, 1150 units take longer than 1536: tensor
+# that), so only float32 shows what the copies cost. On an H100, 1150 units take longer than 1536: tensor
 # cores want rows that begin at multiples of 16 bytes, and rows of 1150 numbers don't.
 # :ref:`fused lstm` avoids that.
 #

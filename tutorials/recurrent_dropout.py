@@ -130,7 +130,7 @@ if __name__ == "__main__":
 # - embedding dropout on (V, F) is 1 × V × F.
 #
 # The kernel is that of :ref:`seeded dropout` with a tile of *decisions × width* in place of a block
-# of elements. **Decision i keeps if word i mod 4 of Philox, with the seed as key and the counter
+# of elements. **Decision i is to keep if word i mod 4 of Philox, with the seed as key and the counter
 # ⌊i / 4⌋, is at least p · 2³², rounded.** The programs of another time step draw the same words
 # again. That costs arithmetic, but no memory.
 #
@@ -448,7 +448,7 @@ if __name__ == "__main__":
 # - the original renames the weights, so its saved files have names that end in ``_raw``;
 # - embedding dropout is a module here, and there a function with one more argument, ``scale``.
 #
-# :ref:`language model` trains with all three, and measures what they cost.
+# :ref:`language model` trains with all three, and measures what ``WeightDrop`` costs.
 #
 # Exercises
 # ---------
