@@ -391,10 +391,15 @@ def test_incoming_gradients_of_any_layout(solve):
             assert solution.any_gradient(call)
 
 
-def test_blocks_of_many_ranks_are_apart(solve):
-    solution = solve("block_dropout", 1)
-    assert solution.all_apart and not solution.apart(7, 7)
-    assert solution.covered == 2**39
+def test_the_seed_of_a_block_in_memory(changed, randn):
+    from block_dropout import block_dropout
+
+    launch = changed("block_dropout", 1, "Three ways, drawn").launch_block_dropout
+    x, seed = randn(3, 5), torch.zeros(1, dtype=torch.int64, device=DEVICE)
+    for number in (7, -(2**63)):
+        seed.fill_(number)
+        y = launch(x, 0.3, seed, [6, 8], [2, 1])
+        assert torch.equal(y, block_dropout(x, 0.3, number, (6, 8), (2, 1)))
 
 
 def test_ranks_with_different_seeds_are_noticed(solve):
