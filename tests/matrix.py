@@ -103,7 +103,10 @@ def run_tests(folder, lesson, limit=1800):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--triton", nargs="*", default=[], help=f"versions, by default {' '.join(VERSIONS)}"
+        "--triton",
+        nargs="*",
+        default=[],
+        help=f"versions, by default {' '.join(VERSIONS)}",
     )
     parser.add_argument(
         "lessons", nargs="*", metavar="LESSON", help="by default all that have changed"
@@ -114,11 +117,15 @@ def main():
         folder = install(triton, VERSIONS.get(triton, []))
         found = versions_in(folder)
         if found.pop("triton") != triton:
-            sys.exit(f"Triton {triton} was installed into {folder}, and is not found there")
+            sys.exit(
+                f"Triton {triton} was installed into {folder}, and is not found there"
+            )
         old = record.get(triton, {}).pop("lessons", {})
         if record.get(triton) != found:  # with other versions beside it, all is run again
             old = {}
-        record[triton] = found | {"lessons": {name: old[name] for name in LESSONS if name in old}}
+        record[triton] = found | {
+            "lessons": {name: old[name] for name in LESSONS if name in old}
+        }
         for lesson in options.lessons or LESSONS:
             known = record[triton]["lessons"].get(lesson, {})
             if known.get("state") == state(lesson) and not known["failed"]:

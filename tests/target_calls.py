@@ -101,7 +101,9 @@ def recurrent_dropout(lesson):
 def fused_lstm(lesson):
     for dtype in FLOATS:
         for implementation in (1, 2):
-            lstm = lesson.LSTM(30, 200, recurrent_dropout=0.5, implementation=implementation)
+            lstm = lesson.LSTM(
+                30, 200, recurrent_dropout=0.5, implementation=implementation
+            )
             both_ways(lstm.to(dtype)(torch.empty(2, 4, 30, dtype=dtype))[0])
 
 

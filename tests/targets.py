@@ -66,7 +66,10 @@ def usage(kernel):
     if "amdgcn" in kernel.asm:
         code = kernel.asm["amdgcn"]
         spilled = 4 * int(re.search(r"vgpr_spill_count: +(\d+)", code)[1])
-        return {"registers": int(re.search(r"vgpr_count: +(\d+)", code)[1]), "spilled": spilled}
+        return {
+            "registers": int(re.search(r"vgpr_count: +(\d+)", code)[1]),
+            "spilled": spilled,
+        }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -84,7 +87,9 @@ def problem(kernel, target):
         return f"{threads} threads in a program, at most {THREADS} are possible"
     if kernel.metadata.shared > shared * 1024:
         needed = kernel.metadata.shared // 1024
-        return f"{needed} KiB of shared memory in a program, at most {shared} are possible"
+        return (
+            f"{needed} KiB of shared memory in a program, at most {shared} are possible"
+        )
 
 
 def sentence(error):
@@ -116,9 +121,11 @@ def compile_lesson(name, target):
         }
         return kernel
 
-    backend, architecture, warp, shared = TARGETS[target]
+    backend, architecture, warp, _ = TARGETS[target]
     properties = SimpleNamespace(multi_processor_count=100, warp_size=warp)
-    torch.accelerator.current_accelerator = lambda check_available=False: torch.device("cpu")
+    torch.accelerator.current_accelerator = lambda check_available=False: torch.device(
+        "cpu"
+    )
     torch.cpu.get_device_name = lambda device=None: target
     torch.cuda.get_device_properties = lambda device=None: properties
     driver.set_active(Driver((backend, architecture, warp)))

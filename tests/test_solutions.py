@@ -413,20 +413,18 @@ def test_ranks_with_different_seeds_are_noticed(solve):
         dist.destroy_process_group()
 
 
-def test_samples_that_are_divided_as_well_change_no_loss(tmp_path):
-    from sharded_dropout import WORKER, functions_as_a_module, train_on
+def test_samples_that_are_divided_as_well_change_no_loss(tmp_path, monkeypatch):
+    import sharded_dropout
 
-    worker = WORKER
+    one = sharded_dropout.train_on(1, 0, 3, tmp_path)
+    worker = sharded_dropout.WORKER
     diff = code("sharded_dropout", 2, "diff").splitlines()
     old = [line[1:] for line in diff if line.startswith("-")]
     new = [line[1:] for line in diff if line.startswith("+")]
     for before, after in zip(old, new, strict=True):
         assert before in worker
         worker = worker.replace(before, after)
-    (tmp_path / "functions.py").write_text(functions_as_a_module())
-    (tmp_path / "worker.py").write_text(WORKER)
-    one = train_on(1, 0, 3, tmp_path)
-    (tmp_path / "worker.py").write_text(worker)
-    four = train_on(4, 0, 3, tmp_path)
+    monkeypatch.setattr(sharded_dropout, "WORKER", worker)
+    four = sharded_dropout.train_on(4, 0, 3, tmp_path)
     losses = torch.tensor([[float(loss) for loss in run.split()] for run in (one, four)])
-    torch.testing.assert_close(losses[1], losses[0], rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-5, atol=2e-5)

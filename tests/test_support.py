@@ -88,11 +88,9 @@ def test_outcome_of_a_run(tmp_path):
     (tmp_path / "test_few.py").write_text(tests + "def test_d(bad): pass\n")
     (tmp_path / "test_none.py").write_text("raise ImportError\n")
     for name in ("few", "none"):
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"test_{name}.py"]
-            + [f"--junitxml={name}.xml", "--rootdir=."],
-            cwd=tmp_path, capture_output=True,
-        )  # fmt: skip
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "--rootdir=."]
+        command += [f"test_{name}.py", f"--junitxml={name}.xml"]
+        subprocess.run(command, cwd=tmp_path, capture_output=True)
     found = matrix.outcome(tmp_path / "few.xml")
     assert found == {"passed": 1, "skipped": 1, "failed": ["test_b", "test_d"]}
     assert matrix.outcome(tmp_path / "none.xml")["failed"]
@@ -161,7 +159,12 @@ VERSIONS = {
         "python": "3.11.7",
         "lessons": {
             "one": {"passed": 5, "skipped": 1, "failed": [], "date": "2026-11-25"},
-            "two": {"passed": 4, "skipped": 0, "failed": ["test_x"], "date": "2026-11-26"},
+            "two": {
+                "passed": 4,
+                "skipped": 0,
+                "failed": ["test_x"],
+                "date": "2026-11-26",
+            },
             "solutions": {"passed": 1, "skipped": 0, "failed": [], "date": "2026-11-24"},
         },
     }
@@ -186,7 +189,9 @@ def page(tmp_path):
         for name, record in records.items():
             (tmp_path / f"results/{name}.json").write_text(json.dumps(record))
         (tmp_path / "conf.py").write_text("extensions = ['support']\n")
-        (tmp_path / "index.rst").write_text("Page\n====\n\n.. versions::\n\n.. targets::\n")
+        (tmp_path / "index.rst").write_text(
+            "Page\n====\n\n.. versions::\n\n.. targets::\n"
+        )
         app = SphinxTestApp("text", tmp_path, freshenv=True)
         app.build()
         warnings = app.warning.getvalue()
@@ -229,4 +234,6 @@ def test_what_is_on_record_passed():
             pytest.skip("nothing is on record")
     versions = json.loads((ROOT / "docs/results/versions.json").read_text())
     assert list(versions) == list(matrix.VERSIONS)
-    assert not [f for v in versions.values() for t in v["lessons"].values() for f in t["failed"]]
+    assert not [
+        f for v in versions.values() for t in v["lessons"].values() for f in t["failed"]
+    ]

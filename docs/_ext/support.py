@@ -29,7 +29,9 @@ class Versions(Support):
         for triton, row in versions.items():
             tests = row["lessons"]
             failed = {
-                name: len(found["failed"]) for name, found in tests.items() if found["failed"]
+                name: len(found["failed"])
+                for name, found in tests.items()
+                if found["failed"]
             }
             names = f" ({', '.join(failed)})" if failed else ""
             rows.append(
@@ -56,7 +58,9 @@ class Targets(Support):
                     # Some lessons repeat a kernel of an earlier one.
                     kernels.setdefault(kernel, {}).setdefault(gpu, []).append(use)
                     if use["problem"]:
-                        notes.append(f"{lesson}, ``{kernel}`` on {gpu}: {use['problem']}.")
+                        notes.append(
+                            f"{lesson}, ``{kernel}`` on {gpu}: {use['problem']}."
+                        )
         rows = [
             [f"``{kernel}``", *(cell(uses.get(gpu, [])) for gpu in gpus)]
             for kernel, uses in kernels.items()
