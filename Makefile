@@ -14,10 +14,10 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: help html test record matrix targets lint serve clean
+.PHONY: help html test record lint serve clean
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "VENV=DIR    the environment to create and use (now: $(VENV)); VENV= uses the active one"
 	@echo "SITE_URL=URL, REPOSITORY=URL  where the site and its source will be, if anywhere"
@@ -34,12 +34,6 @@ test: html  ## build the site, then run all tests
 
 record: $(READY)  ## run the benchmarks on a GPU and write docs/results (LESSONS="NAME ...")
 	$(RUN) docs/_ext/record.py $(LESSONS)
-
-matrix: $(READY)  ## run the lessons' tests with other versions of Triton (TRITON="3.9.0 ...", LESSONS=...)
-	$(RUN) tests/matrix.py $(LESSONS) --triton $(TRITON)
-
-targets: $(READY)  ## compile all kernels for GPUs that need not be here (LESSONS="NAME ...")
-	$(RUN) tests/targets.py $(LESSONS)
 
 lint: $(READY)  ## check the style of the code, the spelling and the markup
 	$(RUN) -m ruff check

@@ -4,10 +4,10 @@ Each version is installed into a folder of its own under ``_build/matrix``, in f
 environment's, so that PyTorch is installed once. The kernels run in the interpreter. What came of it
 is kept in ``docs/results/versions.json`` after each lesson, and shown on the page *Install and
 build*. A run that was interrupted goes on where it stopped: a lesson is tried again when it has
-changed, when its tests have, or when one of them failed.
+changed, when its tests have, or when one of them failed. ``make matrix TRITON="3.9.0"
+LESSONS="fused_softmax"`` chooses among them.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -101,19 +101,12 @@ def run_tests(folder, lesson, limit=1800):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--triton",
-        nargs="*",
-        default=[],
-        help=f"versions, by default {' '.join(VERSIONS)}",
-    )
-    parser.add_argument(
-        "lessons", nargs="*", metavar="LESSON", help="by default all that have changed"
-    )
-    options = parser.parse_args()
+    tritons = [name for name in sys.argv[1:] if name[0].isdigit()] or list(VERSIONS)
+    lessons = [name for name in sys.argv[1:] if not name[0].isdigit()] or LESSONS
+    if unknown := set(lessons) - set(LESSONS):
+        sys.exit(f"there is no lesson {', '.join(unknown)}, only {', '.join(LESSONS)}")
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    for triton in options.triton or VERSIONS:
+    for triton in tritons:
         folder = install(triton, VERSIONS.get(triton, []))
         found = versions_in(folder)
         if found.pop("triton") != triton:
@@ -123,16 +116,15 @@ def main():
         old = record.get(triton, {}).pop("lessons", {})
         if record.get(triton) != found:  # with other versions beside it, all is run again
             old = {}
-        record[triton] = found | {
-            "lessons": {name: old[name] for name in LESSONS if name in old}
-        }
-        for lesson in options.lessons or LESSONS:
-            known = record[triton]["lessons"].get(lesson, {})
+        tests = {name: old[name] for name in LESSONS if name in old}
+        record[triton] = found | {"lessons": tests}
+        for lesson in lessons:
+            known = tests.get(lesson, {})
             if known.get("state") == state(lesson) and not known["failed"]:
                 continue
             print(f"Triton {triton}: {lesson}", flush=True)
             row = {"state": state(lesson), "date": str(date.today())}
-            record[triton]["lessons"][lesson] = run_tests(folder, lesson) | row
+            tests[lesson] = run_tests(folder, lesson) | row
             RECORD.write_text(json.dumps(record, indent=1) + "\n")
     failed = False
     for triton, row in record.items():

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # DTensor imports it when it is first used, in each process anew
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor

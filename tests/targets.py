@@ -123,18 +123,17 @@ def compile_lesson(name, target):
 
     backend, architecture, warp, _ = TARGETS[target]
     properties = SimpleNamespace(multi_processor_count=100, warp_size=warp)
-    torch.accelerator.current_accelerator = lambda check_available=False: torch.device(
-        "cpu"
-    )
+    cpu = torch.device("cpu")
+    torch.accelerator.current_accelerator = lambda check_available=False: cpu
     torch.cpu.get_device_name = lambda device=None: target
     torch.cuda.get_device_properties = lambda device=None: properties
     driver.set_active(Driver((backend, architecture, warp)))
     JITFunction.run = compile_only
-    lesson = importlib.import_module(name)
     try:
+        lesson = importlib.import_module(name)
         CALLS[name](lesson)
     except Exception as error:  # so that the other lessons are compiled all the same
-        found["target_calls.py"] = {"problem": sentence(error)}
+        return found | {"its calls": {"problem": sentence(error)}}
     kernels = [k for k in vars(lesson).values() if isinstance(k, JITFunction)]
     missing = {k.__name__ for k in kernels if k.__name__.endswith("_kernel")} - set(found)
     return found | {kernel: {"problem": "no call launches it"} for kernel in missing}
@@ -168,9 +167,11 @@ def problems(kernels):
 
 def main():
     path = ROOT / "docs/results/targets.json"
-    known = json.loads(path.read_text())["lessons"] if path.exists() else {}
-    lessons = {name: known[name] for name in CALLS if name in known}
-    lessons |= compile_all(sys.argv[1:] or list(CALLS))
+    names = sorted(script.stem for script in (ROOT / "tutorials").glob("*.py"))
+    old = json.loads(path.read_text()) if path.exists() else {}
+    known = old["lessons"] if old.get("triton") == triton.__version__ else {}
+    found = known | compile_all(sys.argv[1:] or names)
+    lessons = {name: found[name] for name in names if name in found}
     result = {"triton": triton.__version__, "date": str(date.today()), "lessons": lessons}
     path.write_text(json.dumps(result, indent=1) + "\n")
     print("\n".join(problems(lessons)))

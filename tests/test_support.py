@@ -73,13 +73,19 @@ def test_what_failed_or_changed_is_run_again(scripted, monkeypatch):
         done.append(lesson)
         return passes(triton, lesson)
 
-    assert scripted(fails, "--triton", "3.9.0")[0] == 1
-    code, record = scripted(again, "--triton", "3.9.0")
+    assert scripted(fails, "3.9.0")[0] == 1
+    code, record = scripted(again, "3.9.0")
     assert not code and done == ["second"]
     assert list(record) == ["3.9.0"]
     monkeypatch.setattr(matrix, "state", lambda lesson: f"{lesson == 'first'}")
-    scripted(again, "--triton", "3.9.0", "--", "first", "solutions")
+    scripted(again, "3.9.0", "first", "solutions")
     assert done == ["second", "first", "solutions"]
+
+
+def test_a_lesson_that_does_not_exist_is_a_sentence(scripted, monkeypatch, tmp_path):
+    (tmp_path / "versions.json").write_text("{}")
+    message, _ = scripted(passes, "3.9.0", "fisrt")
+    assert message == "there is no lesson fisrt, only first, second, solutions"
 
 
 def test_outcome_of_a_run(tmp_path):
