@@ -68,8 +68,8 @@ if __name__ == "__main__":
 # - The mask is a function of the seed and of the element's place in the whole tensor.
 
 
-def generator_mask(seed, size):
-    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) >= 0.5
+def generator_mask(seed, width):
+    return torch.rand(16, width, generator=torch.Generator().manual_seed(seed)) >= 0.5
 
 
 # %%
@@ -191,7 +191,8 @@ def launch_block_dropout(
 # -----------------
 #
 # Here are three of the four ways, for a matrix of 16 x 32 whose columns are divided among 1, 2 and
-# 4 ranks. The ranks are simulated one after another. (The next lesson tries ``DTensor``.)
+# 4 ranks. The seed is 7, and the ranks are simulated one after another. (The next lesson tries
+# ``DTensor``.)
 
 
 def columns(n_ranks, n_cols=32):
@@ -205,10 +206,8 @@ def place_mask(first, width):
 
 
 WAYS_TO_SEED = {
-    "the same seed": lambda rank, first, width: generator_mask(7, (16, width)),
-    "seed + 2718 + rank": lambda rank, _, width: generator_mask(
-        7 + 2718 + rank, (16, width)
-    ),
+    "the same seed": lambda rank, first, width: generator_mask(7, width),
+    "seed + 2718 + rank": lambda rank, _, width: generator_mask(2725 + rank, width),
     "seed and place": lambda rank, first, width: place_mask(first, width),
 }
 
@@ -236,20 +235,15 @@ if __name__ == "__main__":
 # Is it right?
 # ------------
 #
-# Cut a tensor of three dimensions in every way that comes to mind, at odd places, and compare each
-# block with the same piece of the whole tensor's mask, element for element. Then take a block of a
-# tensor of 2^45 elements, which fits on no GPU; its neighbour, drawn alone, has to continue it.
+# Blocks of a tensor of three dimensions, cut at odd places, have to equal the same pieces of the
+# whole result, element for element. Then comes a block of a tensor of 2^45 elements, which fits on
+# no GPU. Its right half, drawn alone, has to be the same again.
 
 if __name__ == "__main__":
     shape = [6, 7, 13]
     x = torch.randn(shape, device=DEVICE)
     whole = launch_block_dropout(x, 0.3, 7, shape, [0, 0, 0])
-    blocks = (
-        (0, 0, 0, 6, 7, 5),
-        (2, 3, 1, 3, 4, 12),
-        (5, 0, 12, 1, 7, 1),
-        (1, 1, 4, 5, 1, 8),
-    )
+    blocks = (0, 0, 0, 6, 7, 5), (2, 3, 1, 3, 4, 12), (5, 0, 12, 1, 7, 1)
     for a, b, c, *size in blocks:
         piece = (slice(a, a + size[0]), slice(b, b + size[1]), slice(c, c + size[2]))
         y = launch_block_dropout(x[piece], 0.3, 7, shape, [a, b, c])

@@ -5,8 +5,9 @@ Dropout on real ranks
 =====================
 
 A model that is divided among GPUs can draw the same dropout masks on one of them, on two and on four.
-In this lesson you give dropout to ``DTensor``, PyTorch's tensor that is divided among ranks, without a
-word between the ranks, and train a small model on four processes, stop it, and resume it on two.
+In this lesson you write dropout for ``DTensor``, PyTorch's tensor that is divided among ranks. The
+ranks don't communicate for it. Then you train a small model on four processes, stop it, and resume
+it on two.
 
 You will learn
 
