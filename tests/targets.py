@@ -1,35 +1,45 @@
 """Compile the kernels of all lessons for GPUs that need not be in the machine: ``make targets``.
 
 A kernel is compiled as the lesson's own functions would launch it there: with their block sizes,
-numbers of warps and types of arguments. Nothing is run. Registers and spills are kept in
-``docs/results/targets.json`` and shown on the page *Install and build*.
+numbers of warps and types of arguments. Nothing is run. For each kernel the registers of a thread,
+the bytes that it spills, and what the GPU could not launch are kept in ``docs/results/targets.json``
+and shown on the page *Install and build*.
 """
 
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
+
+os.environ.pop("TRITON_INTERPRET", None)  # Triton reads it when it is imported
+
 import triton
+from target_calls import CALLS
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).parent.parent
+# Backend, architecture, threads of a warp, and the shared memory that a program may have in KiB.
 TARGETS = {
-    "NVIDIA sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "sm_120": ("cuda", 120, 32),
-    "AMD gfx942": ("hip", "gfx942", 64),
-    "gfx950": ("hip", "gfx950", 64),
-    "gfx1100": ("hip", "gfx1100", 32),
+    "sm_80": ("cuda", 80, 32, 163),
+    "sm_90": ("cuda", 90, 32, 227),
+    "sm_100": ("cuda", 100, 32, 227),
+    "sm_120": ("cuda", 120, 32, 99),
+    "gfx942": ("hip", "gfx942", 64, 64),
+    "gfx950": ("hip", "gfx950", 64, 160),
+    "gfx1100": ("hip", "gfx1100", 32, 64),
 }
+THREADS = 1024  # of a program, on all of them
 
 
 class Driver:
@@ -56,7 +66,10 @@ def usage(kernel):
     if "amdgcn" in kernel.asm:
         code = kernel.asm["amdgcn"]
         spilled = 4 * int(re.search(r"vgpr_spill_count: +(\d+)", code)[1])
-        return {"registers": int(re.search(r"vgpr_count: +(\d+)", code)[1]), "spilled": spilled}
+        return {
+            "registers": int(re.search(r"vgpr_count: +(\d+)", code)[1]),
+            "spilled": spilled,
+        }
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -66,62 +79,104 @@ def usage(kernel):
     return {"registers": registers, "spilled": spilled}
 
 
+def problem(kernel, target):
+    """Why a GPU would refuse to launch the kernel, or None."""
+    _, _, warp, shared = TARGETS[target]
+    threads = kernel.metadata.num_warps * warp
+    if threads > THREADS:
+        return f"{threads} threads in a program, at most {THREADS} are possible"
+    if kernel.metadata.shared > shared * 1024:
+        needed = kernel.metadata.shared // 1024
+        return (
+            f"{needed} KiB of shared memory in a program, at most {shared} are possible"
+        )
+
+
+def sentence(error):
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+
+
 def compile_lesson(name, target):
-    """The kernels that a lesson launches on the target: their names, registers and spills.
+    """What becomes of the kernels that the lesson launches on the target.
 
-    For a process of its own, since it changes what ``triton.jit`` makes of a kernel.
+    For a process of its own: it makes the lesson believe that the CPU is that GPU, and Triton
+    compile what it is to launch.
     """
-    from target_calls import CALLS
-
     found, run = {}, JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         known = found.get(self.__name__, {"registers": -1})
-        found[self.__name__] = max(known, usage(kernel), key=lambda use: use["registers"])
+        try:
+            kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        except Exception as error:
+            found[self.__name__] = known | {"problem": sentence(error)}
+            return None
+        values = [*args, *kwargs.values()]
+        wide = any(getattr(value, "dtype", None) == torch.float64 for value in values)
+        # float64 has to compile, but nobody chooses a GPU for it.
+        use = {"registers": -1} if wide else usage(kernel)
+        use = max(known, use, key=lambda use: use["registers"])
+        found[self.__name__] = use | {
+            "problem": known.get("problem") or problem(kernel, target)
+        }
         return kernel
 
-    def jit(fn=None, **options):
-        return JITFunction(fn, **options) if fn else lambda fn: JITFunction(fn, **options)
+    backend, architecture, warp, _ = TARGETS[target]
+    properties = SimpleNamespace(multi_processor_count=100, warp_size=warp)
+    cpu = torch.device("cpu")
+    torch.accelerator.current_accelerator = lambda check_available=False: cpu
+    torch.cpu.get_device_name = lambda device=None: target
+    torch.cuda.get_device_properties = lambda device=None: properties
+    driver.set_active(Driver((backend, architecture, warp)))
+    JITFunction.run = compile_only
+    try:
+        lesson = importlib.import_module(name)
+        CALLS[name](lesson)
+    except Exception as error:  # so that the other lessons are compiled all the same
+        return found | {"its calls": {"problem": sentence(error)}}
+    kernels = [k for k in vars(lesson).values() if isinstance(k, JITFunction)]
+    missing = {k.__name__ for k in kernels if k.__name__.endswith("_kernel")} - set(found)
+    return found | {kernel: {"problem": "no call launches it"} for kernel in missing}
 
-    # The lesson finds the interpreter chosen, and so takes tensors on the CPU.
-    os.environ["TRITON_INTERPRET"] = "1"
-    triton.jit, JITFunction.run = jit, compile_only
-    driver.set_active(Driver(TARGETS[target]))
-    sys.path.insert(0, str(ROOT / "tutorials"))
-    lesson = importlib.import_module(name)
-    CALLS[name](lesson)
-    return found
 
-
-def compile_all(name, targets=TARGETS):
-    """For each kernel of a lesson and each target, registers and spills."""
-    kernels = {}
-    for target in targets:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        output = subprocess.check_output(
-            [sys.executable, __file__, name, target], text=True, env=environment
-        )
-        for kernel, use in json.loads(output.splitlines()[-1]).items():
-            kernels.setdefault(kernel, {})[target] = use
+def compile_all(names, targets=TARGETS):
+    """For each lesson, kernel and target what ``compile_lesson`` finds."""
+    sys.path[:0] = [str(ROOT / "tutorials")]
+    jobs = [(name, target) for name in names for target in targets]
+    # A process for each job, which has Triton imported already.
+    context = multiprocessing.get_context("fork")
+    kernels = {name: {} for name in names}
+    with context.Pool(maxtasksperchild=1) as pool:
+        for (name, target), found in zip(
+            jobs, pool.starmap(compile_lesson, jobs, chunksize=1), strict=True
+        ):
+            for kernel, use in found.items():
+                kernels[name].setdefault(kernel, {})[target] = use
     return kernels
 
 
-def main():
-    from target_calls import CALLS
+def problems(kernels):
+    return [
+        f"{name}: {kernel} for {target}: {use['problem']}"
+        for name, found in kernels.items()
+        for kernel, uses in found.items()
+        for target, use in uses.items()
+        if use["problem"]
+    ]
 
-    kernels = {}
-    for name in CALLS:
-        print(name, flush=True)
-        kernels |= compile_all(name)
-    result = {"triton": triton.__version__, "gpus": list(TARGETS), "kernels": kernels}
+
+def main():
     path = ROOT / "docs/results/targets.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
+    names = sorted(script.stem for script in (ROOT / "tutorials").glob("*.py"))
+    old = json.loads(path.read_text()) if path.exists() else {}
+    known = old["lessons"] if old.get("triton") == triton.__version__ else {}
+    found = known | compile_all(sys.argv[1:] or names)
+    lessons = {name: found[name] for name in names if name in found}
+    result = {"triton": triton.__version__, "date": str(date.today()), "lessons": lessons}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    print("\n".join(problems(lessons)))
+    sys.exit(bool(problems(lessons)))
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT / "tests"))
-    if sys.argv[1:]:
-        print(json.dumps(compile_lesson(*sys.argv[1:])))
-    else:
-        main()
+    main()

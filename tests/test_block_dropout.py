@@ -99,6 +99,13 @@ def test_gradients_of_first_and_second_order(randn):
     torch.autograd.gradgradcheck(function, x)
 
 
+def test_functional_gradient(randn):
+    x = randn(3, 5)
+    gradient = torch.func.grad(lambda x: block_dropout(x, 0.3, 7, (6, 8), (2, 1)).sum())
+    mask = block_dropout(torch.ones_like(x), 0.3, 7, (6, 8), (2, 1))
+    assert torch.equal(gradient(x), mask)
+
+
 def test_forward_mode_is_an_error(randn):
     forward_ad = torch.autograd.forward_ad
     with forward_ad.dual_level(), pytest.raises(NotImplementedError):

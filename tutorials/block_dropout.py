@@ -54,24 +54,22 @@ if __name__ == "__main__":
 # The problem
 # -----------
 #
-# A large model is divided among GPUs: each of them, called a *rank*, holds a block of a tensor and
-# computes with it. Here is dropout of a matrix of 16 x 32 whose columns are divided among 1, 2 and
-# 4 ranks, in ways that are in use, and in the one that you will build. The ranks are simulated one
-# after another.
+# A large model is divided among GPUs. Each of them, called a *rank*, holds a block of a tensor and
+# computes with it. How does it draw the dropout mask of its block? Three ways are in use, and the
+# fourth is the one that you will build.
 #
-# - Every rank has the same seed. Then all ranks draw the same numbers, and the blocks are copies
-#   of each other: the mask repeats.
-# - Every rank has a seed of its own. Megatron-LM takes the seed plus 2718 plus the rank. The
-#   blocks behave as independent, but a block of another size, or of another rank, is another mask.
-# - PyTorch's ``DTensor`` lets each rank begin at another place of one stream, which follows from
-#   its shard. The blocks behave as independent, and the mask still depends on how the tensor is
-#   divided (an open issue, see the references).
-# - The mask is a function of the seed and of the element's place in the whole tensor. This is
-#   yours.
+# - Every rank has the same seed. Then all ranks draw the same numbers, so the blocks' masks are
+#   copies of each other.
+# - Every rank has a seed of its own. Megatron-LM takes the seed plus 2718 plus the rank. The masks
+#   behave as independent, but if the tensor is divided in another way, they are other masks.
+# - PyTorch's ``DTensor`` lets each GPU begin at another place of one stream of random numbers. The
+#   masks behave as independent, and they, too, depend on how the tensor is divided (an open issue,
+#   see the references).
+# - The mask is a function of the seed and of the element's place in the whole tensor.
 
 
-def generator_mask(seed, size):
-    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) >= 0.5
+def generator_mask(seed, width):
+    return torch.rand(16, width, generator=torch.Generator().manual_seed(seed)) >= 0.5
 
 
 # %%
@@ -91,10 +89,10 @@ def generator_mask(seed, size):
 # places count up one by one, so only the first place of each row has to be computed, and that is
 # where the divisions are: one for each dimension and row, and none for an element.
 #
-# Four places share a call of Philox. A row that begins in the middle of such a group starts with
-# the group, ``shift`` elements early, and masks them. If all rows begin with a group, which the
-# launch can tell, ``shift`` is a constant 0, and the compiler knows that loads may take 16 bytes
-# at a time.
+# Four places share a call of Philox. If a row begins in the middle of such a group, the program
+# starts at the beginning of the group, up to three elements early, and masks them. The launch can
+# tell whether all rows begin with a group. Then the kernel is compiled as ``ALIGNED``, leaves this
+# out, and loads 16 bytes at a time.
 
 
 @triton.jit
@@ -145,15 +143,12 @@ def block_dropout_kernel(
 def block_dimensions(x, shape):
     """Size, distance in the whole tensor and distance in memory of each dimension, last first."""
     dimensions, place = [], 1
-    for size, stride, whole in zip(
-        x.shape[::-1], x.stride()[::-1], shape[::-1], strict=True
-    ):
+    whole_sizes = zip(x.shape[::-1], x.stride()[::-1], shape[::-1], strict=True)
+    for size, stride, whole in whole_sizes:
         if dimensions:
             inner_size, inner_place, inner_stride = dimensions[-1]
-            gapless = (place, stride) == (
-                inner_size * inner_place,
-                inner_size * inner_stride,
-            )
+            next_one = inner_size * inner_place, inner_size * inner_stride
+            gapless = (place, stride) == next_one
         if dimensions and gapless:
             dimensions[-1] = (inner_size * size, inner_place, inner_stride)
         elif size > 1 or not dimensions:
@@ -195,7 +190,9 @@ def launch_block_dropout(
 # Three ways, drawn
 # -----------------
 #
-# Now draw three of these ways, for 1, 2 and 4 ranks.
+# Here are three of the four ways, for a matrix of 16 x 32 whose columns are divided among 1, 2 and
+# 4 ranks. The seed is 7, and the ranks are simulated one after another. (The next lesson tries
+# ``DTensor``.)
 
 
 def columns(n_ranks, n_cols=32):
@@ -209,10 +206,8 @@ def place_mask(first, width):
 
 
 WAYS_TO_SEED = {
-    "the same seed": lambda rank, first, width: generator_mask(7, (16, width)),
-    "seed + 2718 + rank": lambda rank, first, width: generator_mask(
-        7 + 2718 + rank, (16, width)
-    ),
+    "the same seed": lambda rank, first, width: generator_mask(7, width),
+    "seed + 2718 + rank": lambda rank, _, width: generator_mask(2725 + rank, width),
     "seed and place": lambda rank, first, width: place_mask(first, width),
 }
 
@@ -240,38 +235,29 @@ if __name__ == "__main__":
 # Is it right?
 # ------------
 #
-# Cut a tensor of three dimensions in every way that comes to mind, at odd places, and compare each
-# block with the same piece of the whole tensor's mask, element for element. Then take a block of a
-# tensor of 2^45 elements, which fits on no GPU; its neighbour, drawn alone, has to continue it.
+# Blocks of a tensor of three dimensions, cut at odd places, have to equal the same pieces of the
+# whole result, element for element. Then comes a block of a tensor of 2^45 elements, which fits on
+# no GPU. Its right half, drawn alone, has to be the same again.
 
 if __name__ == "__main__":
     shape = [6, 7, 13]
     x = torch.randn(shape, device=DEVICE)
     whole = launch_block_dropout(x, 0.3, 7, shape, [0, 0, 0])
-    blocks = [
-        (0, 0, 0, 6, 7, 5),
-        (2, 3, 1, 3, 4, 12),
-        (5, 0, 12, 1, 7, 1),
-        (1, 1, 4, 5, 1, 8),
-    ]
+    blocks = (0, 0, 0, 6, 7, 5), (2, 3, 1, 3, 4, 12), (5, 0, 12, 1, 7, 1)
     for a, b, c, *size in blocks:
         piece = (slice(a, a + size[0]), slice(b, b + size[1]), slice(c, c + size[2]))
-        assert torch.equal(
-            launch_block_dropout(x[piece], 0.3, 7, shape, [a, b, c]), whole[piece]
-        )
+        y = launch_block_dropout(x[piece], 0.3, 7, shape, [a, b, c])
+        assert torch.equal(y, whole[piece])
     print(f"{len(blocks)} blocks agree with the whole, bit for bit")
 
     huge = [2**20, 2**25]
     ones = torch.ones(2, 2000, device=DEVICE)
-    corner = [2**20 - 2, 2**25 - 2000]
-    both = launch_block_dropout(ones, 0.5, 7, huge, corner)
-    right = launch_block_dropout(
-        ones[:, 999:], 0.5, 7, huge, [corner[0], corner[1] + 999]
-    )
+    row, column = 2**20 - 2, 2**25 - 2000  # the block in the last corner
+    both = launch_block_dropout(ones, 0.5, 7, huge, [row, column])
+    right = launch_block_dropout(ones[:, 999:], 0.5, 7, huge, [row, column + 999])
     assert torch.equal(both[:, 999:], right)
-    print(
-        f"the last of {huge[0] * huge[1]} elements is {'kept' if both[-1, -1] else 'dropped'}"
-    )
+    fate = "kept" if both[-1, -1] else "dropped"
+    print(f"the last of {huge[0] * huge[1]} elements is {fate}")
 
 # %%
 # Is it fast?
@@ -317,30 +303,24 @@ def benchmark(n_elements, dtype, block):
 
 
 # %%
-# (The odd columns begin at no multiple of anything, and neither do the rows of the whole tensor.)
+# The odd columns begin in the middle of a group of four places, and in each row at another one of
+# the four, because 65537 is no multiple of four.
 
-# %%
 if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate
 
+    layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
     for speed in benchmark.run(show_plots=True, return_df=True):
-        print(
-            tabulate(
-                speed, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=14
-            )
-        )
+        print(tabulate(speed, "keys", **layout))
         n_elements, *blocks, torch_dropout, copy = speed.iloc[-1]
         shares = ", ".join(f"{share / copy:.0%}" for share in blocks)
-        print(
-            f"Of the copy's speed at {n_elements:.0f} elements: rows, columns, odd: {shares}.\n"
-        )
+        print(f"Of the copy's speed, in the last line: {shares} for the three blocks.\n")
 
 # %%
-# A whole word of Philox is drawn for each element, wherever the block begins, so the arithmetic is
-# that of :ref:`seeded dropout`. Odd columns pay more: no row begins at a multiple of 16 bytes of
-# the mask's groups, so every element is loaded by itself.
-
-# %%
+# Every element takes one word of Philox, wherever the block begins, so the arithmetic is that of
+# :ref:`seeded dropout`. Odd columns cost more. Their groups of four places don't begin at
+# multiples of 16 bytes in memory, so each element is loaded by itself.
+#
 # As a public function
 # --------------------
 #
@@ -354,23 +334,23 @@ import numbers
 block_dropout_op = torch.library.custom_op(
     "fast_and_right::block_dropout", launch_block_dropout, mutates_args=()
 )
-block_dropout_op.register_fake(
-    lambda x, p, seed, shape, offsets: torch.empty(
-        x.shape, dtype=x.dtype, device=x.device
-    )
-)
+block_dropout_op.register_fake(lambda x, *arguments: x.new_empty(x.shape))
 
 
 class BlockDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *arguments):
-        ctx.arguments = arguments
+    def forward(x, p, seed, shape, offsets):
         run = block_dropout_op if torch.compiler.is_compiling() else launch_block_dropout
-        return run(x, *arguments)
+        return run(x, p, seed, shape, offsets)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.p, ctx.seed, ctx.shape, ctx.offsets = inputs
 
     @staticmethod
     def backward(ctx, gradient):
-        return BlockDropout.apply(gradient, *ctx.arguments), None, None, None, None
+        arguments = ctx.p, ctx.seed, ctx.shape, ctx.offsets
+        return BlockDropout.apply(gradient, *arguments), None, None, None, None
 
 
 def block_dropout(x, p, seed, shape, offsets):
@@ -437,39 +417,34 @@ def block_dropout(x, p, seed, shape, offsets):
 # Exercises
 # ---------
 #
-# 1. A run of 16,384 ranks divides a tensor of 2^14 x 2^12 x 2^13 elements by samples (64), by
-#    sequence (16) and by features (16). Show for a thousand random pairs of ranks that their
-#    blocks share no place, and that the places of all ranks together are as many as the tensor
-#    has.
+# 1. A CUDA graph replays a launch with the numbers that it was captured with, so every replay
+#    would draw the same mask. Change the kernel and its launch so that ``seed`` is a tensor of one
+#    number, which may change between two replays.
 # 2. A block of one row and a block of one column have as many elements. Which of them takes more
 #    calls of Philox, and how many times as many?
+# 3. The counter of Philox has 64 bits here. How many tensors of 2^45 elements, one after the other,
+#    could one seed serve before a word is used twice?
 #
 # .. note::
 #    Try it first.
 #
-#    1. A block is a box, and two boxes are apart if they are apart along one dimension.
+#    1. The kernel gets the seed's address and loads the seed itself.
 #
-#       .. code-block:: python
+#       .. code-block:: diff
 #
-#          shape, mesh = (2**14, 2**12, 2**13), (64, 16, 16)
-#          sizes = [n // parts for n, parts in zip(shape, mesh)]
-#
-#
-#          def box(rank):
-#              coordinates = rank // 256, rank // 16 % 16, rank % 16
-#              return [(c * size, (c + 1) * size) for c, size in zip(coordinates, sizes)]
-#
-#
-#          def apart(a, b):
-#              return any(e <= f or g <= d for (d, e), (f, g) in zip(box(a), box(b)))
-#
-#
-#          pairs = torch.randint(2**14, (1000, 2)).tolist()
-#          all_apart = all(apart(a, b) for a, b in pairs if a != b)
-#          covered = 2**14 * sizes[0] * sizes[1] * sizes[2]
+#          -    threshold, scale: tl.float64, seed,
+#          +    threshold, scale: tl.float64, seed_ptr,
+#          @@
+#          -    w0, w1, w2, w3 = tl.randint4x(seed, counters)
+#          +    w0, w1, w2, w3 = tl.randint4x(tl.load(seed_ptr), counters)
+#          @@
+#          -    x: torch.Tensor, p: float, seed: int, shape: list[int], offsets: list[int]
+#          +    x: torch.Tensor, p: float, seed: torch.Tensor, shape: list[int], offsets: list[int]
 #
 #    2. The column, four times as many. Four neighbours in a row share a call. In a column every element
 #       has a row of its own, hence a call of its own, of which it uses one word.
+#    3. Each of 2^64 counters gives four words, which makes 2^66 places, and 2^66 / 2^45 = 2^21, about
+#       two million tensors.
 #
 # References
 # ----------

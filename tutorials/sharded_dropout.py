@@ -5,8 +5,9 @@ Dropout on real ranks
 =====================
 
 A model that is divided among GPUs can draw the same dropout masks on one of them, on two and on four.
-In this lesson you give dropout to ``DTensor``, PyTorch's tensor that is divided among ranks, without a
-word between the ranks, and train a small model on four processes, stop it, and resume it on two.
+In this lesson you write dropout for ``DTensor``, PyTorch's tensor that is divided among ranks. The
+ranks don't communicate for it. Then you train a small model on four processes, stop it, and resume
+it on two.
 
 You will learn
 
@@ -97,15 +98,12 @@ def block_dropout_kernel(
 def block_dimensions(x, shape):
     """Size, distance in the whole tensor and distance in memory of each dimension, last first."""
     dimensions, place = [], 1
-    for size, stride, whole in zip(
-        x.shape[::-1], x.stride()[::-1], shape[::-1], strict=True
-    ):
+    whole_sizes = zip(x.shape[::-1], x.stride()[::-1], shape[::-1], strict=True)
+    for size, stride, whole in whole_sizes:
         if dimensions:
             inner_size, inner_place, inner_stride = dimensions[-1]
-            gapless = (place, stride) == (
-                inner_size * inner_place,
-                inner_size * inner_stride,
-            )
+            next_one = inner_size * inner_place, inner_size * inner_stride
+            gapless = (place, stride) == next_one
         if dimensions and gapless:
             dimensions[-1] = (inner_size * size, inner_place, inner_stride)
         elif size > 1 or not dimensions:
@@ -145,121 +143,155 @@ def launch_block_dropout(
 
 class BlockDropout(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, *arguments):
-        ctx.arguments = arguments
-        return launch_block_dropout(x, *arguments)
+    def forward(x, p, seed, shape, offsets):
+        return launch_block_dropout(x, p, seed, shape, offsets)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.p, ctx.seed, ctx.shape, ctx.offsets = inputs
 
     @staticmethod
     def backward(ctx, gradient):
-        return BlockDropout.apply(gradient, *ctx.arguments), None, None, None, None
+        arguments = ctx.p, ctx.seed, ctx.shape, ctx.offsets
+        return BlockDropout.apply(gradient, *arguments), None, None, None, None
 
 
 # %%
 # From placements to a block
 # --------------------------
 #
-# A ``DTensor`` knows the shape of the whole tensor, the *mesh* of the ranks, and a *placement* for
-# each dimension of the mesh: ``Shard(d)`` divides dimension d, ``Replicate()`` gives every rank
-# the same, and ``Partial()`` says that the ranks hold summands that have not been added yet. From
-# these PyTorch computes which block this rank holds. All else is local: no rank asks another for
-# anything.
+# The ranks of a ``DTensor`` form a *mesh*, and each rank has a coordinate along each dimension of
+# the mesh. For each of these dimensions there is a *placement*. ``Shard(d)`` divides dimension d of
+# the tensor among the ranks along it, ``Replicate()`` gives all of them the same, and ``Partial()``
+# says that they hold summands that have not been added yet.
 #
-# Dropout of a ``Partial`` tensor makes no sense, because dropping a summand does not drop the sum.
-# So that is refused. What every rank holds as a whole, it drops alike, and so all copies stay
-# equal.
+# So a rank can compute its block alone: it begins with the whole tensor and cuts off what others
+# hold, once for each ``Shard``. The shards are as large as those of ``torch.chunk``, so the last
+# ones may be smaller, or empty. One case is special. If FSDP divides the rows that tensor
+# parallelism has divided already, its placement comes first in the list but has to be applied
+# last. PyTorch marks it by a ``split_factor``, which says into how many parts the others divide.
 
-
+import functools
+import math
 import numbers
+
+
+@functools.cache
+def block_of(shape, mesh_shape, coordinates, placements):
+    """Where the block of the rank at these coordinates begins, and its shape."""
+    places = [range(n) for n in shape]
+    divisions = zip(placements, mesh_shape, coordinates, strict=True)
+    divisions = [division for division in divisions if not division[0].is_replicate()]
+    for i, (placement, _, _) in enumerate(divisions):
+        ranks = [n if p.dim == placement.dim else 1 for p, n, _ in divisions]
+        if hasattr(placement, "split_factor") and (
+            placement.split_factor != math.prod(ranks[i + 1 :])
+            or shape[placement.dim] % math.prod(ranks)
+        ):
+            raise ValueError(
+                "x must be divided evenly where shards are strided, got placements "
+                f"{placements} of shape {shape} on a mesh of {mesh_shape}"
+            )
+    divisions.sort(key=lambda division: getattr(division[0], "split_factor", 0))
+    for placement, n_ranks, coordinate in divisions:
+        mine = places[placement.dim]
+        size = -(-len(mine) // n_ranks)  # rounded up
+        places[placement.dim] = mine[coordinate * size : (coordinate + 1) * size]
+    return tuple(mine.start for mine in places), tuple(map(len, places))
+
+
+# %%
+# As a public function
+# --------------------
+#
+# Everything else is local, and no rank asks another for anything. What all ranks hold as a whole,
+# they drop alike, so the copies stay equal. Only ``Partial`` is refused: to drop a summand is not
+# to drop the sum.
 
 
 def sharded_dropout(x, p, seed):
     """Dropout of a ``DTensor``: the same mask on any number of ranks, in any placement.
 
-    Parameters
-    ----------
-    x : torch.distributed.tensor.DTensor
-        Of any shape; float16, bfloat16, float32 or float64. Shards may be uneven or empty.
-    p : float
-        The probability of dropping, in [0, 1], rounded to a multiple of 2^-32.
-    seed : int
-        Any integer of 64 bits, the same on all ranks.
+    ``x`` is float16, bfloat16, float32 or float64; its shards may be uneven or empty. ``p``
+    is the probability of dropping, in [0, 1], rounded to a multiple of 2^-32, and ``seed``
+    an integer of 64 bits, the same on all ranks. The result has the placements of ``x``.
+    No rank communicates, and no tensor is kept for the backward pass. Differentiable in
+    reverse mode, also twice.
 
-    Returns
-    -------
-    torch.distributed.tensor.DTensor
-        With the placements of ``x``. No rank communicates, and only p, the seed and two
-        lists of integers are kept for the backward pass.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument has another type or range, or ``x`` is ``Partial``.
+    Other types and ranges raise TypeError or ValueError, and so does a ``Partial`` tensor.
     """
     from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     if not isinstance(x, DTensor):
         raise TypeError(f"x must be a DTensor, got {type(x).__name__}")
+    mesh, local = x.device_mesh, x.to_local()
     if any(placement.is_partial() for placement in x.placements):
-        raise ValueError(
-            "x must not be Partial: its elements are not known before they are summed"
-        )
+        raise ValueError("x must not be Partial: its summands have to be added first")
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if local.device.type != DEVICE:
+        raise ValueError(f"x must be on {DEVICE!r}, got {local.device.type!r}")
     if not isinstance(p, numbers.Real) or not isinstance(seed, numbers.Integral):
         got = f"{type(p).__name__} and {type(seed).__name__}"
         raise TypeError(f"p must be a number and seed an integer, got {got}")
     if not (0 <= p <= 1 and -(2**63) <= seed < 2**64):
-        raise ValueError(
-            f"p must be in [0, 1] and seed in [-2^63, 2^64), got {p} and {seed}"
-        )
-    local = x.to_local()
-    if not local.is_floating_point():
-        raise TypeError(f"x must be floating-point, got {x.dtype}")
-    seed = (
-        int(seed) - 2**64 if seed >= 2**63 else int(seed)
-    )  # as a signed integer of 64 bits
-    where = (x.device_mesh, x.placements)
-    size, offsets = compute_local_shape_and_global_offset(x.shape, *where)
-    if tuple(size) != tuple(local.shape):
-        raise ValueError(
-            f"x must be divided evenly where shards are strided, got {x.placements}"
-        )
-    offsets = [
-        min(begin, n) for begin, n in zip(offsets, x.shape, strict=True)
-    ]  # empty shards
-    y = BlockDropout.apply(local, float(p), seed, list(x.shape), list(offsets))
-    return DTensor.from_local(
-        y, *where, run_check=False, shape=x.shape, stride=x.stride()
-    )
+        got = f"{p} and {seed}"
+        raise ValueError(f"p must be in [0, 1] and seed in [-2^63, 2^64), got {got}")
+    coordinates = mesh.get_coordinate()
+    if coordinates is None:  # this rank is not in the mesh, and holds nothing
+        return x
+    where = tuple(mesh.shape), tuple(coordinates), x.placements
+    offsets, sizes = block_of(tuple(x.shape), *where)
+    if sizes != local.shape:
+        got = tuple(local.shape)
+        raise ValueError(f"x must have the shape {sizes} on this rank, got {got}")
+    seed = int(seed) - 2**64 if seed >= 2**63 else int(seed)  # as a signed integer
+    y = BlockDropout.apply(local, float(p), seed, list(x.shape), offsets)
+    stride = torch.empty(x.shape, device="meta").stride()
+    whole = {"run_check": False, "shape": x.shape, "stride": stride}
+    return DTensor.from_local(y, mesh, x.placements, **whole)
 
 
 # %%
-# One process can play all the ranks in turn, because nothing is communicated. PyTorch has a fake
-# process group for that, which does nothing when it is asked to send. Here are four ranks as a
-# mesh of 2 by 2, with rows divided along one of its dimensions and columns along the other:
+# One process plays all ranks
+# ---------------------------
+#
+# As nothing is communicated, one process can play the ranks in turn. PyTorch has a fake process
+# group for that, which does nothing when it is asked to send. Below, the columns of a matrix are
+# divided among 1, 2 and 4 ranks, which all have the same seed. First the dropout that PyTorch has
+# for ``DTensor`` draws the masks, then yours. Is the joined mask that of one rank?
 
 if __name__ == "__main__":
+    import warnings
+
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+    from torch.distributed.tensor import DTensor, Shard
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    whole = launch_block_dropout(
-        torch.ones(6, 10, device=DEVICE), 0.5, 7, [6, 10], [0, 0]
-    )
-    for rank in range(4):
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
-        mesh = init_device_mesh(DEVICE, (2, 2))
-        upper, left = rank // 2, rank % 2  # this rank's coordinates in the mesh
-        for placements, mine in (
-            ([Shard(0), Shard(1)], whole.chunk(2, 0)[upper].chunk(2, 1)[left]),
-            ([Replicate(), Shard(0)], whole.chunk(2, 0)[left]),
-            ([Replicate(), Replicate()], whole),
-        ):
-            block = torch.ones_like(mine)
-            x = DTensor.from_local(block, mesh, placements, run_check=False)
-            assert torch.equal(sharded_dropout(x, 0.5, seed=7).to_local(), mine)
-        dist.destroy_process_group()
-    print("4 ranks, 3 placements: every block is cut from the same mask")
+    warnings.filterwarnings("ignore", "DTensor random operators", UserWarning)
+
+    def pytorch_dropout(x, p, seed):
+        torch.manual_seed(seed)
+        return torch.nn.functional.dropout(x, p)
+
+    hook = sys.excepthook  # each process group wraps it
+    for dropout in (pytorch_dropout, sharded_dropout):
+        masks = []
+        for n in (1, 2, 4):
+            blocks = []
+            for rank in range(n):
+                ranks = {"rank": rank, "world_size": n}
+                dist.init_process_group("fake", store=FakeStore(), **ranks)
+                mesh = init_device_mesh(DEVICE, (n,))
+                ones = torch.ones(16, 32 // n, device=DEVICE)
+                x = DTensor.from_local(ones, mesh, [Shard(1)], run_check=False)
+                blocks.append(dropout(x, 0.5, seed=7).to_local())
+                dist.destroy_process_group()
+            masks.append(torch.cat(blocks, dim=1) != 0)
+        same = [torch.equal(masks[0], mask) for mask in masks]
+        print(f"{dropout.__name__}: the mask of 1, 2, 4 ranks is that of 1: {same}")
+    sys.excepthook = hook
 
 # %%
 # On real ranks
@@ -268,25 +300,28 @@ if __name__ == "__main__":
 # Now with processes. The worker below trains two layers that are divided as Megatron divides them:
 # the first by columns, so that each rank has some of the hidden units and drops among them, the
 # second by rows. Its results are sums over the ranks, which is the only communication. A second
-# dropout follows on the sums, which every rank holds as a whole. The state is saved after each
-# run, and the next run goes on from it, on any number of ranks.
+# dropout follows on the sums, which every rank holds as a whole. At its end the worker saves the
+# weights, and the next run goes on from them, on any number of ranks.
 #
 # .. image:: /_static/sharded_layers.svg
 #    :alt: Two ranks side by side. Each has all of x, some columns of the first weight, some hidden units with their part of one mask, and some rows of the second weight. The results are summed over the ranks, the only communication; then both draw the same mask.
 
 WORKER = """
+import os
 import sys
 
 import torch
 import torch.distributed as dist
-from functions import sharded_dropout
+from functions import DEVICE, sharded_dropout
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 torch.set_num_threads(1)
+if DEVICE != "cpu":
+    torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
 first_step, last_step, before, after = sys.argv[1:]
-dist.init_process_group("gloo")
-mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+dist.init_process_group()  # NCCL among NVIDIA's GPUs, gloo on the CPU
+mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
 torch.manual_seed(0)
 x, target = torch.randn(8, 16), torch.randn(8, 4)
 up, down = torch.load(before) if before else (torch.randn(16, 24) / 4, torch.randn(24, 4) / 5)
@@ -302,18 +337,22 @@ for step in range(int(first_step), int(last_step)):
     with torch.no_grad():
         for weight, gradient in zip((up, down), gradients):
             weight -= 0.1 * gradient.redistribute(placements=weight.placements)
+    loss = loss.full_tensor().item()
     if dist.get_rank() == 0:
-        print(f"{loss.full_tensor().item():.6f}", end=" ", flush=True)
-    else:
-        loss.full_tensor()
-weights = [weight.full_tensor().detach() for weight in (up, down)]
+        print(f"{loss:.5f}", end=" ", flush=True)
+weights = [weight.full_tensor().detach().cpu() for weight in (up, down)]
 if dist.get_rank() == 0:
     torch.save(weights, after)
 dist.destroy_process_group()
 """
 
+# %%
+# ``torchrun`` starts the worker once for each rank. The processes are new and know nothing of this
+# one, so they import the functions from a file. With four GPUs or more the ranks are GPUs;
+# otherwise they are processes on the CPU, where Triton interprets.
 
-def functions_as_a_module():
+
+def functions_as_a_module(device):
     """The source of this lesson's functions, which the processes import."""
     import inspect
     import re
@@ -321,63 +360,87 @@ def functions_as_a_module():
     cell = "".join(
         inspect.findsource(BlockDropout.forward)[0]
     )  # of the file, or the cell
-    autograd = re.search(
-        r"^class BlockDropout.*?(?=^\S)", cell, re.MULTILINE | re.DOTALL
-    )[0]
-    functions = [
-        block_dropout_kernel.fn,
-        block_dimensions,
-        launch_block_dropout,
-        sharded_dropout,
-    ]
-    header = "import numbers\nimport torch\nimport triton\nimport triton.language as tl\n\nDEVICE = 'cpu'"
-    return "\n\n\n".join([header, *map(inspect.getsource, functions), autograd])
+    flags = re.MULTILINE | re.DOTALL
+    autograd = re.search(r"^class BlockDropout.*?(?=^\S|\Z)", cell, flags)[0]
+    functions = block_dropout_kernel.fn, block_dimensions, launch_block_dropout
+    functions = *functions, block_of, sharded_dropout
+    imports = "functools", "math", "numbers", "torch", "triton", "triton.language as tl"
+    header = [f"import {name}" for name in imports] + [f"DEVICE = {device!r}"]
+    return "\n\n\n".join(
+        ["\n".join(header), *map(inspect.getsource, functions), autograd]
+    )
 
 
 def train_on(n_ranks, first_step, last_step, folder, before="", after="state.pt"):
-    """Run the worker on so many processes, on the CPU; the losses that it prints."""
+    """Run the worker on so many ranks; the losses that it prints."""
     import subprocess
+    from pathlib import Path
 
+    device, environment = DEVICE, os.environ | {"OMP_NUM_THREADS": "1"}
+    if INTERPRET or torch.accelerator.device_count() < 4:
+        device, environment["TRITON_INTERPRET"] = "cpu", "1"
+    Path(folder, "functions.py").write_text(functions_as_a_module(device))
+    Path(folder, "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={n_ranks}", "worker.py"]
+    command += [str(first_step), str(last_step), before, after]
     result = subprocess.run(
-        [*command, str(first_step), str(last_step), before, after], cwd=folder,
-        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        command, cwd=folder, env=environment, capture_output=True, text=True
+    )
     if result.returncode:
-        raise RuntimeError(result.stderr[-2000:])
+        raise RuntimeError(result.stderr)
     return result.stdout
 
 
 if __name__ == "__main__":
     import tempfile
-    from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "functions.py").write_text(functions_as_a_module())
-        Path(folder, "worker.py").write_text(WORKER)
-        print("1 rank:              ", train_on(1, 0, 6, folder))
-        print("4 ranks:             ", train_on(4, 0, 6, folder))
-        four = train_on(4, 0, 3, folder, after="half.pt")
-        print(
-            "4 ranks, resumed on 2:", four + train_on(2, 3, 6, folder, before="half.pt")
-        )
+        print("1 rank:         ", train_on(1, 0, 6, folder))
+        losses = train_on(4, 0, 3, folder, after="half.pt")
+        print("4 ranks, then 2:", losses + train_on(2, 3, 6, folder, before="half.pt"))
 
 # %%
-# The losses agree to all the digits that are printed. They need not agree to the last bit: a sum
-# over four ranks adds up in another order than a sum on one. The masks do agree to the last bit,
-# so what is left is rounding, and a difference beyond rounding is a bug that you can look for.
+# The losses agree to all the digits that are printed. They need not agree to the last bit: each
+# rank adds up its part of ``hidden @ down``, and then the parts are added, which is another order
+# than on one rank. The masks do agree to the last bit. So what is left is rounding, and a
+# difference beyond rounding is a bug that you can look for.
 #
-# On a machine with several GPUs the same worker runs with ``nccl`` in place of ``gloo`` and
-# ``cuda`` in place of ``cpu``. It is run on the CPU here so that every reader can.
+# Sixteen thousand ranks
+# ----------------------
+#
+# Large runs divide a tensor along several dimensions. Here is one of 2^39 elements on a mesh of
+# 64 x 16 x 16 ranks: samples, then sequence, then features. Two thousand of the ranks, chosen at
+# random, compute their blocks, and each pair of blocks is compared. Two blocks have an element in
+# common only if they overlap along every dimension.
+
+if __name__ == "__main__":
+    import random
+
+    shape, mesh_shape = (2**14, 2**12, 2**13), (64, 16, 16)
+    placements, blocks = (Shard(0), Shard(1), Shard(2)), []
+    for rank in random.Random(0).sample(range(2**14), 2000):
+        coordinates = rank // 256, rank // 16 % 16, rank % 16
+        blocks.append(block_of(shape, mesh_shape, coordinates, placements))
+    begins, sizes = torch.tensor(blocks).unbind(dim=1)
+    ends = begins + sizes
+    overlap = ((begins[:, None] < ends) & (begins < ends[:, None])).all(dim=-1)
+    print(f"{overlap.sum() - len(blocks)} pairs of ranks have an element in common")
+    n_elements = math.prod(mesh_shape) * sizes.prod(dim=-1).unique().item()
+    print(f"together the ranks have {n_elements} elements of {math.prod(shape)}")
+
+# %%
+# No element is drawn twice, and every place has a word of its own, so no word is used twice. A
+# seed has words for 2^66 places, which is 2^27 tensors of this size. And since all ranks share the
+# seed, none of its 64 bits are spent on numbering the ranks.
 #
 # Exercises
 # ---------
 #
 # 1. Two ranks that were given different seeds draw parts of two masks, and nothing complains.
 #    Write the check that notices. Why is it not part of ``sharded_dropout``?
-# 2. Which two lines of the worker would you change to divide the samples among the ranks as well?
+# 2. Change the worker so that the samples are divided among the ranks as well, on a mesh of two
+#    dimensions. Which lines don't have to change?
 #
 # .. note::
 #    Try it first.
@@ -390,18 +453,19 @@ if __name__ == "__main__":
 #          def check_same_seed(seed):
 #              import torch.distributed as dist
 #
-#              seeds = torch.tensor([seed, -seed])
+#              seeds = torch.tensor([seed, -seed], device=DEVICE)
 #              dist.all_reduce(seeds, op=dist.ReduceOp.MAX)
 #              if seeds[0] != -seeds[1]:
 #                  raise ValueError("the ranks have different seeds")
 #
 #    2. The mesh gets a second dimension, and ``x`` and ``target`` are divided along it by rows. The
-#       weights are replicated along it, and the mean of the loss is formed over both.
+#       weights are replicated along it. Both lines with a dropout, and the one with the gradients,
+#       stay as they are.
 #
 #       .. code-block:: diff
 #
-#          -mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-#          +mesh = init_device_mesh("cpu", (2, dist.get_world_size() // 2))
+#          -mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+#          +mesh = init_device_mesh(DEVICE, (2, dist.get_world_size() // 2))
 #          -x = distribute_tensor(x, mesh, [Replicate()])
 #          -target = distribute_tensor(target, mesh, [Replicate()])
 #          -up = distribute_tensor(up, mesh, [Shard(1)]).requires_grad_()

@@ -11,41 +11,70 @@ from tabulate import tabulate
 
 
 class Support(SphinxDirective):
+    """A table, from the record of the same name; nothing if there is none."""
+
     def run(self):
         path = Path(self.env.srcdir) / f"results/{self.name}.json"
         self.env.note_dependency(str(path))
         if not path.exists():
             return []
-        headers, rows = self.table(json.loads(path.read_text()))
-        rows = [[str(cell).replace("_", r"\_") for cell in row] for row in rows]
+        headers, rows, *notes = self.table(json.loads(path.read_text()))
         table = tabulate(rows, headers, tablefmt="rst", disable_numparse=True)
-        return self.parse_text_to_nodes(table)
+        return self.parse_text_to_nodes("\n\n".join([table, *notes]))
 
 
 class Versions(Support):
     def table(self, versions):
-        rows = [
-            [
-                *(triton, row["torch"], row["python"], row["passed"], len(row["failed"])),
-                row["date"],
-            ]
-            for triton, row in versions.items()
-        ]
-        return ["Triton", "PyTorch", "Python", "passed", "failed", "date"], rows
+        rows = []
+        for triton, row in versions.items():
+            tests = row["lessons"]
+            failed = {
+                name: len(found["failed"])
+                for name, found in tests.items()
+                if found["failed"]
+            }
+            names = f" ({', '.join(failed)})" if failed else ""
+            rows.append(
+                [
+                    f"{triton}, beside PyTorch {row['torch']}, Python {row['python']}",
+                    len(set(tests) - {"solutions"}),
+                    sum(found["passed"] for found in tests.values()),
+                    f"{sum(failed.values())}{names}",
+                    max((found["date"] for found in tests.values()), default=""),
+                ]
+            )
+        return ["Triton", "lessons", "tests passed", "failed", "date"], rows
 
 
 class Targets(Support):
-    """Registers a thread of each kernel on each GPU, and the bytes that it spills."""
+    """Registers a thread of each kernel on each GPU, and whether it spills."""
 
-    def table(self, targets):
-        rows = []
-        for kernel, found in targets["kernels"].items():
-            cells = [
-                f"{found[gpu]['registers']}" + " *" * (found[gpu]["spilled"] > 0)
-                for gpu in targets["gpus"]
-            ]
-            rows.append([f"``{kernel}``", *cells])
-        return ["registers a thread", *targets["gpus"]], rows
+    def table(self, record):
+        gpus, kernels, notes = [], {}, []
+        for lesson, found in record["lessons"].items():
+            for kernel, uses in found.items():
+                for gpu, use in uses.items():
+                    gpus += [gpu] if gpu not in gpus else []
+                    # Some lessons repeat a kernel of an earlier one.
+                    kernels.setdefault(kernel, {}).setdefault(gpu, []).append(use)
+                    if use["problem"]:
+                        notes.append(
+                            f"{lesson}, ``{kernel}`` on {gpu}: {use['problem']}."
+                        )
+        rows = [
+            [f"``{kernel}``", *(cell(uses.get(gpu, [])) for gpu in gpus)]
+            for kernel, uses in kernels.items()
+        ]
+        said = f"Compiled by Triton {record['triton']} on {record['date']}."
+        headers = ["registers", *(gpu.replace("_", r"\_") for gpu in gpus)]
+        return headers, rows, said, *notes
+
+
+def cell(uses):
+    if not uses or any(use["problem"] for use in uses):
+        return "no"
+    spilled = any(use["spilled"] for use in uses)
+    return f"{max(use['registers'] for use in uses)}" + r" \*" * spilled
 
 
 def setup(app):

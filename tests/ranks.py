@@ -1,0 +1,161 @@
+"""What real ranks draw, and how fast, beside one of them alone. On two GPUs:
+
+    python -m torch.distributed.run --standalone --nproc-per-node=2 tests/ranks.py
+
+On the CPU, with 1, 2, 3 and 4 processes, and with the training of the lesson:
+
+    TRITON_INTERPRET=1 python tests/ranks.py FOLDER
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+import torch
+import torch._dynamo  # DTensor imports it when it is first used, in each process anew
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials"))
+import sharded_dropout as lesson
+import triton
+from sharded_dropout import DEVICE, INTERPRET, launch_block_dropout, sharded_dropout
+
+
+def check_masks(mesh):
+    """Blocks of one mask, gathered, are the mask of one rank; also where they are uneven."""
+    ones = torch.ones(7, 5, 6, device=DEVICE)
+    whole = launch_block_dropout(ones, 0.5, 7, list(ones.shape), [0, 0, 0])
+    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
+        y = sharded_dropout(distribute_tensor(ones, mesh, [placement]), 0.5, 7)
+        assert torch.equal(y.full_tensor(), whole), placement
+
+
+def check_gradients(mesh):
+    """Two layers with two dropouts, divided as Megatron does, beside the same on one rank."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(size, device=DEVICE) for size in ((6, 8), (8, 10), (10, 4))]
+    placements = Replicate(), Shard(1), Shard(0)
+    divided = [
+        distribute_tensor(tensor, mesh, [placement]).requires_grad_()
+        for tensor, placement in zip(inputs, placements, strict=True)
+    ]
+    alone = [tensor.clone().requires_grad_() for tensor in inputs]
+
+    def loss(x, up, down, dropout):
+        y = dropout((x @ up).relu(), 0.5, 3) @ down
+        if isinstance(y, DTensor):
+            y = y.redistribute(placements=[Replicate()])
+        return dropout(y, 0.1, 4).square().mean()
+
+    def dropout_alone(x, p, seed):
+        mask = launch_block_dropout(torch.ones_like(x), p, seed, list(x.shape), [0, 0])
+        return x * mask
+
+    found = torch.autograd.grad(loss(*divided, sharded_dropout), divided)
+    expected = torch.autograd.grad(loss(*alone, dropout_alone), alone)
+    for gradient, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient.full_tensor(), right, rtol=1e-4, atol=1e-6)
+
+
+def measure(mesh, n=2**27):
+    """GB/s of each rank while all work, and of this rank alone for the same block."""
+    n_ranks, rows = dist.get_world_size(), n // 8192
+
+    def speed(run):
+        dist.barrier()
+        return 4 * n / triton.testing.do_bench(run, return_mode="median") / 1e6
+
+    block = torch.randn(rows, 8192, device=DEVICE, dtype=torch.bfloat16)
+    print_once(
+        "GB/s of one rank, bfloat16, 2^27 elements each", torch.accelerator.device_count()
+    )
+    for placement in (Shard(0), Shard(1), Replicate()):
+        x = DTensor.from_local(block, mesh, [placement], run_check=False)
+        calls = {
+            "sharded_dropout": lambda x=x: sharded_dropout(x, 0.5, 7),
+            "F.dropout of the DTensor": lambda x=x: torch.nn.functional.dropout(x, 0.5),
+            "the launch, for one GPU": lambda: launch_block_dropout(
+                block, 0.5, 7, list(block.shape), [0, 0]
+            ),
+            "copy": block.clone,
+        }
+        for name, run in calls.items():
+            slowest = torch.tensor(speed(run), device=DEVICE)
+            dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
+            print_once(f"{n_ranks} ranks, {placement}: {name}: {slowest.item():.0f}")
+
+
+def print_once(*values):
+    if dist.get_rank() == 0:
+        print(*values, flush=True)
+
+
+def check():
+    torch.set_num_threads(1)
+    if not INTERPRET:
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()
+    mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
+    check_masks(mesh)
+    check_gradients(mesh)
+    n_ranks = dist.get_world_size()
+    print_once(f"{n_ranks} ranks: masks and gradients agree with those of one")
+    if not INTERPRET:
+        measure(mesh)
+    dist.destroy_process_group()
+
+
+def train(first_step, last_step, before, after):
+    """The lesson's worker, which prints the losses."""
+    sys.modules["functions"] = lesson
+    sys.argv[1:] = str(first_step), str(last_step), before, after
+    exec(lesson.WORKER, {})
+
+
+def fork(n_ranks, function, *arguments):
+    """Run the function on so many ranks. They are copies of this process, and start at once."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(n_ranks),
+    }
+
+    def run(rank):
+        os.environ |= place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        function(*arguments)
+
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=run, args=(rank,)) for rank in range(n_ranks)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    if any(process.exitcode for process in ranks):
+        sys.exit(f"{function.__name__} failed on {n_ranks} ranks")
+
+
+def main(folder):
+    for n_ranks in (1, 2, 3, 4):
+        fork(n_ranks, check)
+    weights = []
+    for numbers in ((1,), (3,), (4, 2)):  # on four, and resumed on two
+        before = ""
+        for i, n_ranks in enumerate(numbers):
+            steps = 4 * i // len(numbers), 4 * (i + 1) // len(numbers)
+            fork(n_ranks, train, *steps, before, f"{folder}/state.pt")
+            before = f"{folder}/state.pt"
+        print(flush=True)
+        weights.append(torch.load(before))
+        torch.testing.assert_close(weights[-1], weights[0], rtol=1e-5, atol=1e-6)
+    print("the weights agree")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1]) if sys.argv[1:] else check()
