@@ -1,17 +1,19 @@
-"""Builds of a small project, for the tests: each in a process that has all packages imported already.
+"""Builds of a small project, for the tests.
 
-A server process imports them once, and is forked for each build. What must be tried with ``make``
-itself (kills, the Makefile) takes ``Project.start``.
+Each is in a process that has all packages imported already. What must be tried with ``make`` itself
+(kills, the Makefile) takes ``Project.start``.
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import forked
+from conftest import GPU
 
 ROOT = Path(__file__).parent.parent
 LESSON = '''"""
@@ -38,31 +40,16 @@ with open(os.environ["RUNS"], "a") as runs:
 print("{output}")
 '''
 
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(
-    [
-        "torch", "pandas", "matplotlib.pyplot", "tabulate", "sphinx.cmd.build",
-        "sphinx.builders.html", "sphinx_gallery.gen_gallery", "sphinx_gallery.gen_rst",
-        "myst_parser.sphinx_ext.main", "pydata_sphinx_theme", "sphinx_design", "sphinx_copybutton",
-        "notfound.extension", "sphinx.ext.autodoc", "sphinx_sitemap", "sphinxext.opengraph",
-    ]
-)  # fmt: skip
 
-
-def build(folder, environment, options, log):
-    """What ``make html`` runs, in a process of its own."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout = sys.__stdout__ = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", buffering=1, closefd=False)
+def build(folder, environment, options):
+    """What ``make html`` runs."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
     sys.path.insert(0, f"{folder}/docs/_ext")
     import build
 
-    sys.exit(build.main(*options))
+    return build.main(*options)
 
 
 class Project:
@@ -95,14 +82,17 @@ class Project:
 
     def environment(self, settings):
         self.runs.write_text("")
-        return {**os.environ, "RUNS": str(self.runs), **settings}
+        return os.environ | {"RUNS": str(self.runs)} | settings
 
     def start(self, *arguments, **settings):
-        """``make html`` itself."""
+        """``make html`` itself, which chooses between GPU and interpreter."""
+        environment = self.environment(settings)
+        if GPU is None:
+            environment.pop("TRITON_INTERPRET", None)
         return subprocess.Popen(
             ["make", "html", "VENV=", f"PYTHON={sys.executable}", *arguments],
             cwd=self.folder,
-            env=self.environment(settings),
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -110,11 +100,9 @@ class Project:
         )
 
     def begin(self, *options, log="log", **settings):
-        log = str(self.folder / log)
-        arguments = (str(self.folder), self.environment(settings), options, log)
-        process = server.Process(target=build, args=arguments)
-        process.start()
-        return process
+        environment = self.environment(settings)
+        log = self.folder / log
+        return forked.start(log, build, str(self.folder), environment, options)
 
     def build(self, *options, **settings):
         """The exit status and the output of a build."""
