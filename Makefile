@@ -17,17 +17,17 @@ READY := $(VENV)/ready
 PACKAGES := $(READY)
 endif
 
-.PHONY: help html page test record lint serve clean active
+.PHONY: help html page test matrix targets record lint serve clean active
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "VENV=DIR    the environment to create and use (now: $(VENV)); VENV= uses the active one"
 	@echo "SITE_URL=URL, REPOSITORY=URL  where the site and its source will be, if anywhere"
 	@echo "PYTHON=EXE  the Python to create it with (now: $(PYTHON))"
 
 html: $(PACKAGES)  ## run the lessons that changed and build the site into _build/html
-	@$(RUN) docs/_ext/build.py -j auto $(SPHINXOPTS)
+	@$(RUN) docs/_ext/build.py $(SPHINXOPTS)
 
 page: $(PACKAGES)  ## run one lesson and make its page alone, in _build/page (LESSON=NAME)
 	@$(RUN) docs/_ext/build.py --lesson=$(LESSON) $(SPHINXOPTS)
@@ -35,6 +35,12 @@ page: $(PACKAGES)  ## run one lesson and make its page alone, in _build/page (LE
 test: html  ## build the site, then run all tests
 	@$(RUN) docs/_ext/packages.py pytest pytest-xdist beautifulsoup4 nbclient ipykernel
 	$(RUN) -m pytest -n auto --dist worksteal
+
+matrix: $(PACKAGES)  ## run the lessons' tests with other versions of Triton (TRITON="3.9.0 ...")
+	$(RUN) tests/matrix.py $(TRITON)
+
+targets: $(PACKAGES)  ## compile the kernels for GPUs that need not be here
+	$(RUN) tests/targets.py
 
 record: $(PACKAGES)  ## run the benchmarks on a GPU and write docs/results (LESSONS="NAME ...")
 	$(RUN) docs/_ext/record.py $(LESSONS)

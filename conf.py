@@ -36,6 +36,7 @@ extensions = [
     "mathml",
     "recorded",
     "related",
+    "support",
     "triton_functions",
 ]
 exclude_patterns = ["_ext", "_templates"]
@@ -78,7 +79,7 @@ sphinx_gallery_conf = {
     "notebook_images": True,
 }
 
-# A lesson that takes longer than so many seconds fails the build.
+# A lesson that takes longer than so many seconds is ended, and fails the build.
 lesson_limit = 300
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

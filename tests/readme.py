@@ -29,7 +29,10 @@ def lessons(order=None):
     """The lessons, as the pages describe them."""
     config = SimpleNamespace(
         course=settings() if order is None else order,
-        sphinx_gallery_conf={"examples_dirs": "../tutorials", "gallery_dirs": "tutorials"},
+        sphinx_gallery_conf={
+            "examples_dirs": "../tutorials",
+            "gallery_dirs": "tutorials",
+        },
         only_lesson="",
     )
     return course.lessons(SimpleNamespace(srcdir=ROOT / "docs", config=config))

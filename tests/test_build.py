@@ -15,6 +15,7 @@ import address
 import build
 import packages
 import pytest
+import yaml
 from bs4 import BeautifulSoup
 from builds import LESSON, ROOT, Project
 from sphinx.errors import ConfigError
@@ -48,11 +49,17 @@ def test_only_what_changed_is_run_again(project):
 def test_lessons_stand_in_the_reading_order_and_the_rest_last(project):
     with (project.folder / "conf.py").open("a") as conf:
         conf.write('\ncourse = {"Start": ["not_written_yet", "second"]}\n')
-    assert project.ran("-j", "2") == ["first", "second"]
-    index = BeautifulSoup((project.site / "tutorials/index.html").read_text(), "html.parser")
-    cards = [" ".join(card.text.split()) for card in index.select("article .sd-card-title")]
+    assert project.ran() == ["first", "second"]
+    index = BeautifulSoup(
+        (project.site / "tutorials/index.html").read_text(), "html.parser"
+    )
+    cards = [
+        " ".join(card.text.split()) for card in index.select("article .sd-card-title")
+    ]
     assert cards == ["1. The second lesson", "2. The first lesson"]
-    place = BeautifulSoup(project.page("first"), "html.parser").select_one("p.course").text
+    place = (
+        BeautifulSoup(project.page("first"), "html.parser").select_one("p.course").text
+    )
     assert place.startswith("More · lesson 2 of 2 · ")
 
 
@@ -105,11 +112,13 @@ def test_whatever_a_lesson_does_it_is_named_and_the_others_are_run(project):
     latin = project.folder / "tutorials/j_latin.py"
     latin.write_bytes(b'"""\n.. _caf\xe9:\n\nTitle\n=====\n\nText.\n"""\n')
     (project.folder / "tutorials/k_title.py").write_text('"""No title here."""\n')
-    (project.folder / "tutorials/l-name.py").write_text(LESSON.format(name="l", output=""))
+    (project.folder / "tutorials/l-name.py").write_text(
+        LESSON.format(name="l", output="")
+    )
     project.write("second", "changed")
     project.write("z_last", "output")
 
-    why = project.failed("-j", "2")
+    why = project.failed()
     for name, (_, reason) in ways.items():
         assert f"{name}.py ({reason})\n" in why
     assert "j_latin.py (it is not UTF-8: 'utf-8' codec can't decode byte 0xe9" in why
@@ -243,7 +252,8 @@ def test_an_interrupted_build_is_repaired_by_the_next(project):
 
 def test_a_site_with_an_address_and_a_repository_says_so(project):
     ran = project.ran(
-        SITE_URL="https://example.org/kernels/", REPOSITORY="git@github.com:someone/kernels.git"
+        SITE_URL="https://example.org/kernels/",
+        REPOSITORY="git@github.com:someone/kernels.git",
     )
     assert ran == ["first", "second"]
     page = project.page("first")
@@ -261,9 +271,10 @@ def test_a_site_with_an_address_and_a_repository_says_so(project):
     assert address in (project.site / "sitemap.xml").read_text()
     assert 'href="/kernels/index.html"' in (project.site / "404.html").read_text()
     assert "edit/main/docs/index.md" in (project.site / "index.html").read_text()
-    assert "edit/main/tutorials/index.rst" in (
-        project.site / "tutorials/index.html"
-    ).read_text()
+    assert (
+        "edit/main/tutorials/index.rst"
+        in (project.site / "tutorials/index.html").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -287,10 +298,10 @@ def test_a_repository_may_be_named_in_any_form(text):
     "text", ["kernels", "someone/kernels", "https://x.org/a/b?c", 'https://x.org/a/"><b>']
 )
 def test_what_is_no_address_gets_a_sentence(text):
-    with pytest.raises(ConfigError, match="REPOSITORY is .*It is an address such as"):
+    with pytest.raises(ConfigError, match=r"REPOSITORY is .*It is an address such as"):
         address.page(text)
     if "//" not in text or ">" in text or "?" in text:
-        with pytest.raises(ConfigError, match="SITE_URL is .*It is an address such as"):
+        with pytest.raises(ConfigError, match=r"SITE_URL is .*It is an address such as"):
             address.site(text)
 
 
@@ -309,19 +320,40 @@ def test_a_broken_link_fails_the_build_whatever_else_is_set(project):
 
 
 def test_one_lesson_alone(project):
-    project.write("first", "one", then="# %%\n# See :ref:`second lesson`, :term:`Philox`.\n")
+    project.write(
+        "first", "one", then="# %%\n# See :ref:`second lesson`, :term:`Philox`.\n"
+    )
     status, output = project.build("--lesson=first")
     assert status == 0 and "WARNING" not in output, output
     assert "_build/page/tutorials/first.html" in output
     assert project.runs.read_text().split() == ["first"]
     assert (project.folder / "_build/page/tutorials/first.html").exists()
-    project.write("second", "two", then="raise RuntimeError\n")  # which doesn't matter here
+    project.write(
+        "second", "two", then="raise RuntimeError\n"
+    )  # which doesn't matter here
     assert project.build("--lesson=first")[0] == 0
     status, output = project.build("--lesson=third")
     assert status != 0 and "No such lesson: third. There are: first, second" in output
     project.write("first", "one")
     project.write("second", "two")
     assert project.ran() == ["first", "second"]
+
+
+def test_the_skeleton_of_a_lesson_builds_as_it_stands(tmp_path):
+    project = Project(tmp_path / "project", lessons=[])
+    shutil.copy(ROOT / "tests/skeleton/squares.py", project.folder / "tutorials")
+    # Its links to lessons that are not here are left out of this build.
+    status, output = project.build("--lesson=squares")
+    assert status == 0 and "WARNING" not in output, output
+    site = project.folder / "_build/page"
+    page = BeautifulSoup((site / "tutorials/squares.html").read_text(), "html.parser")
+    outputs = " ".join(block.text for block in page.select(".sphx-glr-script-out"))
+    assert "squares agree with PyTorch's" in outputs and "Warning" not in outputs
+    assert len(page.select("#exercises details > ol > li")) == 1
+    assert page.select("#as-a-public-function details .highlight-Python")
+    (reference,) = page.select("#references > ul > li")
+    assert reference.a["href"].startswith("https://triton-lang.org")
+    assert any(site.glob("_downloads/*/squares.ipynb"))
 
 
 PLOT = """
@@ -536,7 +568,7 @@ def test_make_alone_lists_the_targets():
 
 def test_options_are_added_to_those_of_the_build():
     _, output = make("-n", "html", "VENV=", "SPHINXOPTS=-D lesson_limit=1200")
-    assert "docs/_ext/build.py -j auto -D lesson_limit=1200" in output
+    assert "docs/_ext/build.py -D lesson_limit=1200" in output
 
 
 @pytest.mark.parametrize("marker", [None, "pyvenv.cfg"])
@@ -635,3 +667,37 @@ def test_triton_imported_too_early_gets_a_sentence():
     assert (
         "restart Python: Triton was imported before TRITON_INTERPRET=1" in process.stderr
     )
+
+
+def git(folder, *arguments):
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments]
+    return subprocess.check_output(command, cwd=folder, text=True)
+
+
+def test_the_workflow_builds_and_publishes(tmp_path):
+    workflow = yaml.safe_load((ROOT / ".github/workflows/publish.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    assert "self-hosted" in job["runs-on"] and "gpu" in job["runs-on"]
+    steps = [step["run"] for step in job["steps"] if "run" in step]
+    assert steps == ["make html", ".ci/publish"]
+    assert workflow[True]["push"] == {"branches": ["main"]}  # YAML reads "on" as true
+
+    git(tmp_path, "init", "-q", "--bare", "host")
+    work = tmp_path / "work"
+    git(tmp_path, "clone", "-q", "host", "work")
+    (work / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/publish", work / ".ci")
+    (work / ".gitignore").write_text("/_build/\n*.ipynb\n")
+    git(work, "add", "--all")
+    git(work, "commit", "-q", "-m", "Something")
+    for old, new in ((None, "first"), ("first", "second")):
+        page = work / f"_build/html/_static/{new}.ipynb"
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(new)
+        if old:
+            page.with_name(f"{old}.ipynb").unlink()
+        subprocess.run([work / ".ci/publish"], check=True, capture_output=True)
+        assert git(work, "status", "--porcelain") == ""
+        published = git(tmp_path / "host", "ls-tree", "-r", "--name-only", "gh-pages")
+        assert published.split() == [".nojekyll", f"_static/{new}.ipynb"]
+    assert git(tmp_path / "host", "log", "--format=%s", "gh-pages").count("\n") == 1

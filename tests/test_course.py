@@ -15,6 +15,8 @@ import numpy
 import pytest
 import readme
 import torch
+from docutils import nodes
+from docutils.core import publish_doctree
 
 ROOT = Path(__file__).parent.parent
 LESSONS = {path.stem: path for path in sorted((ROOT / "tutorials").glob("*.py"))}
@@ -31,7 +33,9 @@ def test_the_course_names_every_lesson_once():
 
 
 def test_lessons_that_are_still_to_come_leave_no_gap():
-    found = readme.lessons({"A": ["not_yet", "operators"], "B": ["nor_this", "debugging"]})
+    found = readme.lessons(
+        {"A": ["not_yet", "operators"], "B": ["nor_this", "debugging"]}
+    )
     assert [(lesson.name, lesson.part) for lesson in found[:2]] == [
         ("operators", "A"),
         ("debugging", "B"),
@@ -137,3 +141,14 @@ def test_importing_a_lesson_defines_its_functions_and_does_nothing_else(path, tm
 def test_a_lesson_is_no_longer_than_a_class_can_bear(path):
     lines = path.read_text().count("\n")
     assert lines <= 560  # answers included
+
+
+@pytest.mark.parametrize("path", FORMED, ids=lambda path: path.stem)
+def test_references_are_a_list_of_paragraphs_with_links(path):
+    _, references = path.read_text().split("\n# References\n# ----------\n#\n")
+    listed, *_ = publish_doctree(re.sub("^# ?", "", references, flags=re.MULTILINE))
+    assert isinstance(listed, nodes.bullet_list)
+    for item in listed:
+        # An initial on the only line of an entry makes it a numbered list.
+        assert isinstance(item[0], nodes.paragraph) and len(item) == 1, item.astext()
+        assert list(item.findall(nodes.reference)), item.astext()

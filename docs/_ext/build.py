@@ -20,10 +20,14 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 def lacking(site):
     """What a whole site has and this one does not."""
-    wanted = ["index.html", "searchindex.js", "objects.inv"]
+    wanted = ["searchindex.js", "objects.inv"]
+    for page in (ROOT / "docs").rglob("[!_]*.md"):
+        wanted.append(f"{page.relative_to(ROOT / 'docs').with_suffix('')}.html")
     for script in sorted((ROOT / "tutorials").glob("*.py")):
         wanted.append(f"tutorials/{script.stem}.html")
-        wanted += [f"_downloads/*/{script.stem}{suffix}" for suffix in (".py", ".ipynb", ".zip")]
+        wanted += [
+            f"_downloads/*/{script.stem}{suffix}" for suffix in (".py", ".ipynb", ".zip")
+        ]
     return [name for name in wanted if not any(site.glob(name))]
 
 
@@ -31,7 +35,9 @@ def exchange(new, old):
     """Let two folders change places in one step, where the file system can."""
     paths = [str(path).encode() for path in (new, old)]
     try:
-        failed = ctypes.CDLL(None).renameat2(AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE)
+        failed = ctypes.CDLL(None).renameat2(
+            AT_FDCWD, paths[0], AT_FDCWD, paths[1], RENAME_EXCHANGE
+        )
     except AttributeError:  # a C library without it
         failed = True
     if failed:

@@ -9,7 +9,9 @@ def test_squares(randn, dtype):
     for shape in ((), (0,), (1,), (1024,), (33, 781)):
         x = randn(*shape, dtype=dtype)
         expected = (x.double() ** 2).to(dtype)
-        torch.testing.assert_close(square(x), expected, rtol=torch.finfo(dtype).eps, atol=0)
+        torch.testing.assert_close(
+            square(x), expected, rtol=torch.finfo(dtype).eps, atol=0
+        )
 
 
 def test_any_layout(randn, layout):

@@ -8,6 +8,7 @@ build stops after the others have run and before any page is written.
 ``machine`` asks for the GPU. ``costs`` tells what the lessons took.
 """
 
+import os
 import re
 import sys
 import time
@@ -45,11 +46,12 @@ def not_running(script):
 
 def run(app, changed):
     """Run lessons, on a GPU one after the other, and return why each that failed did."""
+    # Not Sphinx's own -j: what fails there while pages are written is not reported.
     conf = app.config.sphinx_gallery_conf
     if on_gpu():
         conf["show_memory"] = costs.GpuMemory()
     (provenance.gallery(app) / "images/thumb").mkdir(parents=True, exist_ok=True)
-    at_once = 1 if on_gpu() else app.parallel
+    at_once = 1 if on_gpu() else min(len(os.sched_getaffinity(0)), 4)
     waiting, running, failed = list(changed), [], {}
     try:
         while waiting or running:

@@ -68,7 +68,9 @@ class Child:
         os._exit(0)
 
     def ended(self):
-        if time.monotonic() > self.start + self.limit + 10:  # not even faulthandler got on
+        if (
+            time.monotonic() > self.start + self.limit + 10
+        ):  # not even faulthandler got on
             self.kill()
         if not os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return False

@@ -47,10 +47,16 @@ def digest(*paths):
 def settings(app):
     """The files that decide how a lesson is run and its figures drawn."""
     conf = app.config.sphinx_gallery_conf
-    named = [name for name in (*conf["image_scrapers"], *conf["reset_modules"]) if "." in name]
+    named = [
+        name for name in (*conf["image_scrapers"], *conf["reset_modules"]) if "." in name
+    ]
     modules = {name.rpartition(".")[0]: None for name in named}
     drawing = [Path(importlib.import_module(name).__file__) for name in modules]
-    return [Path(app.confdir) / "conf.py", Path(app.confdir) / "requirements.txt", *drawing]
+    return [
+        Path(app.confdir) / "conf.py",
+        Path(app.confdir) / "requirements.txt",
+        *drawing,
+    ]
 
 
 def made_with(app):
