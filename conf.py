@@ -4,7 +4,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from urllib.parse import urlsplit
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "docs" / "_ext"))
@@ -13,8 +12,8 @@ sys.path.insert(0, str(ROOT / "docs" / "_ext"))
 warnings.filterwarnings("ignore", module=r"(torch|triton)\.")
 
 # Where the site and its source will be, if anywhere: make html SITE_URL=... REPOSITORY=...
-SITE_URL = os.environ.get("SITE_URL", "").rstrip("/")
-REPOSITORY = os.environ.get("REPOSITORY", "").rstrip("/")
+site_address = os.environ.get("SITE_URL", "")
+repository = os.environ.get("REPOSITORY", "")
 
 project = "Fast and Right"
 author = "The authors of Fast and Right"
@@ -28,6 +27,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx_gallery.gen_gallery",
     "notfound.extension",
+    "address",
     "bibliography",
     "course",
     "fold",
@@ -36,11 +36,14 @@ extensions = [
     "mathml",
     "recorded",
     "related",
+    "support",
     "triton_functions",
 ]
 exclude_patterns = ["_ext", "_templates"]
 templates_path = ["docs/_templates"]
 nitpicky = True
+# Of a folder above the lessons it does not matter.
+suppress_warnings = ["sphinx_gallery.space_in_filename"]
 
 # The reading order. A lesson that is not named here comes last.
 course = {
@@ -71,14 +74,12 @@ sphinx_gallery_conf = {
     "write_computation_times": False,
     "remove_config_comments": True,
     "show_signature": False,
-    "image_scrapers": ("figures.sign_lesson", "alternatives"),
+    "image_scrapers": ("figures.sign_lesson", "alternatives.scraper"),
     "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
-    "first_notebook_cell": "%pip install --quiet "
-    + " ".join((ROOT / "requirements.txt").read_text().split("\n\n")[0].splitlines()[1:]),
 }
 
-# A lesson that takes longer than so many seconds fails the build.
+# A lesson that takes longer than so many seconds is ended, and fails the build.
 lesson_limit = 300
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
@@ -106,7 +107,14 @@ html_sidebars = {
     )
 }
 html_math_renderer = "mathml"
-html_context = {"default_mode": "auto"}
+html_context = {
+    "default_mode": "auto",
+    # Beside a repository, see docs/_ext/address.py.
+    "edit_page_url_template": "{{ repository }}/edit/main/"
+    "{% if file_name == 'tutorials/index.rst' %}tutorials/index.rst"
+    "{% elif file_name.startswith('tutorials/') %}{{ file_name | replace('.rst', '.py') }}"
+    "{% else %}docs/{{ file_name }}{% endif %}",
+}
 html_theme_options = {
     "logo": {
         "text": "Fast and Right",
@@ -120,20 +128,5 @@ html_theme_options = {
     "footer_end": [],
 }
 
-notfound_urls_prefix = urlsplit(SITE_URL).path + "/"
-if SITE_URL:
-    extensions += ["sphinx_sitemap", "sphinxext.opengraph"]
-    html_baseurl = ogp_site_url = SITE_URL + "/"
-    sitemap_url_scheme = "{link}"
-    sitemap_excludes = ["404.html", "genindex.html", "search.html"]
-if REPOSITORY:
-    extensions += ["colab"]
-    html_context |= {
-        "repository": REPOSITORY,
-        "edit_page_url_template": "{{ repository }}/edit/main/"
-        "{% if file_name == 'tutorials/index.rst' %}tutorials/GALLERY_HEADER.rst"
-        "{% elif file_name.startswith('tutorials/') %}{{ file_name | replace('.rst', '.py') }}"
-        "{% else %}docs/{{ file_name }}{% endif %}",
-    }
-    html_theme_options["use_edit_page_button"] = True
-    html_theme_options["secondary_sidebar_items"] += ["colab", "edit-this-page"]
+sitemap_url_scheme = "{link}"
+sitemap_excludes = ["404.html", "genindex.html", "search.html"]

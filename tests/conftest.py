@@ -1,6 +1,16 @@
+"""What the tests of all lessons share. No lesson is imported here: some tests need none."""
+
+import os
+
 import pytest
 import torch
-from fused_softmax import DEVICE, INTERPRET
+
+# As the lessons choose, and before anything imports Triton.
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
+if INTERPRET:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # Layouts of a 2-d tensor: each takes a contiguous tensor and returns another of the same values.
 LAYOUTS = {

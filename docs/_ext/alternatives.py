@@ -1,8 +1,10 @@
 """Text alternatives for the lessons' figures: the axes, the lines, and the values at the right end.
 
 Sphinx-Gallery takes the alternative from a figure's title, seen or not, and appends the titles of
-its axes.
+its axes. It puts it into HTML as it is, so characters that mean something there are escaped here.
 """
+
+from html import escape
 
 from sphinx_gallery.scrapers import matplotlib_scraper
 
@@ -31,9 +33,5 @@ def scraper(block, block_vars, gallery_conf):
         figure = plt.figure(number)
         if not figure.get_suptitle():
             text = ". ".join(filter(None, map(describe, figure.axes)))
-            figure.suptitle(text, visible=False)
+            figure.suptitle(escape(text), visible=False)
     return matplotlib_scraper(block, block_vars, gallery_conf, format="svg")
-
-
-def _get_sg_image_scraper():
-    return scraper

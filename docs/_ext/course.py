@@ -2,7 +2,8 @@
 
 The setting ``course`` has the order. What is said of a lesson comes from its docstring: a label, a
 title, a paragraph whose first sentence is shown alone, and a last paragraph ``Needs: ...``. A
-lesson that no part names comes last. The directive ``course`` lists the lessons.
+lesson that no part names comes last, and a name that has no lesson yet is passed over. The
+directive ``course`` lists the lessons.
 """
 
 import ast
@@ -12,14 +13,20 @@ from pathlib import Path
 from textwrap import indent
 
 from docutils import nodes
+from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 
 WORDS_A_MINUTE, LINES_A_MINUTE = 180, 15
 
 
+class LessonError(ValueError):
+    """What a lesson lacks. The message is for the one who writes it."""
+
+
 @dataclass(frozen=True)
 class Lesson:
     name: str
+    docname: str
     part: str
     number: int
     label: str
@@ -28,35 +35,68 @@ class Lesson:
     needs: str
     picture: str
 
-    @property
-    def docname(self):
-        return f"tutorials/{self.name}"
 
-
-def describe(path, part, number):
-    script = path.read_text(encoding="utf-8")
-    text = ast.get_docstring(ast.parse(script))
-    label, title, body = re.match(r"\.\. _(.+):\n\n(.+)\n=+\n\n((?s:.+))", text).groups()
-    promise = re.match(r".+?[.?!](?=\s|$)", " ".join(body.split("\n\n")[0].split()))[0]
+def describe(path):
+    """What a lesson says of itself: label, title, promise, needs and picture."""
+    if not path.stem.isidentifier():
+        raise LessonError("its name is none that Python can import")
+    try:
+        script = path.read_text(encoding="utf-8")
+        text = ast.get_docstring(ast.parse(script, path.name))
+    except UnicodeDecodeError as error:
+        raise LessonError(f"it is not UTF-8: {error}") from None
+    except SyntaxError as error:
+        raise LessonError(f"SyntaxError: {error}") from None
+    found = re.match(r"\.\. _(.+):\n\n(.+)\n=+\n\n((?s:.+))", text or "")
+    if not found:
+        raise LessonError(
+            "its docstring must begin with a label (.. _name:), an empty line, a title underlined "
+            "with =, an empty line and a paragraph"
+        )
+    label, title, body = found.groups()
+    promise = re.match(r".+?[.?!](?=\s|$)", " ".join(body.split("\n\n")[0].split()))
+    if not promise:
+        raise LessonError("the first paragraph of its docstring must end like a sentence")
     needs = re.search(r"^Needs: (.+)\Z", body, re.MULTILINE | re.DOTALL)
     picture = re.search(r"sphinx_gallery_thumbnail_path = '(.+)'", script)
-    return Lesson(
-        path.stem, part, number, label, title, promise,
-        " ".join(needs[1].split()) if needs else "", picture[1] if picture else "",
-    )  # fmt: skip
+    return {
+        "label": label,
+        "title": title,
+        "promise": promise[0],
+        "needs": " ".join(needs[1].split()) if needs else "",
+        "picture": picture[1] if picture else "",
+    }
+
+
+def order(app, every=False):
+    """The lessons' scripts in reading order, each with its number and its part."""
+    folder = Path(app.srcdir) / app.config.sphinx_gallery_conf["examples_dirs"]
+    there = {path.stem: path for path in sorted(folder.glob("*.py"))}
+    wanted = app.config.only_lesson
+    if wanted and wanted not in there:
+        raise ExtensionError(f"No such lesson: {wanted}. There are: {', '.join(there)}")
+    named = [(n, part) for part, names in app.config.course.items() for n in names]
+    missing = there.keys() - {name for name, _ in named}
+    found = [(name, part) for name, part in named if name in there]
+    found += [(name, "More") for name in there if name in missing]
+    return [
+        (there[name], number, part)
+        for number, (name, part) in enumerate(found, 1)
+        if every or wanted in ("", name)
+    ]
+
+
+def scripts(app, every=False):
+    """The lessons' scripts, in reading order."""
+    return [script for script, _, _ in order(app, every)]
 
 
 def lessons(app):
     """All lessons, in reading order."""
-    folder = Path(app.srcdir) / app.config.sphinx_gallery_conf["examples_dirs"]
-    scripts = {path.stem: path for path in sorted(folder.glob("*.py"))}
-    order = [(n, part) for part, names in app.config.course.items() for n in names]
-    named = [name for name, _ in order]
-    order += [(name, "More") for name in scripts if name not in named]
+    folder = app.config.sphinx_gallery_conf["gallery_dirs"]
     return [
-        describe(scripts[name], part, number)
-        for number, (name, part) in enumerate(order, 1)
-        if name in scripts
+        Lesson(script.stem, f"{folder}/{script.stem}", part, number, **describe(script))
+        for script, number, part in order(app)
     ]
 
 
@@ -84,7 +124,10 @@ def minutes(app, lesson):
 
 def card(app, lesson, titles):
     # A card is a link as a whole, and can hold no other.
-    needs = re.sub(":ref:`(.+?)`", lambda label: f"*{titles[label[1]]}*", lesson.needs)
+    def title(label):
+        return f"*{titles.get(label[1], label[1])}*"
+
+    needs = re.sub(":ref:`(.+?)`", title, lesson.needs)
     picture = (
         f"   :img-top: /{lesson.picture.lstrip('/')}\n   :img-alt:\n"
         if lesson.picture
@@ -134,6 +177,7 @@ def say_what_it_takes(app, doctree):
 
 def setup(app):
     app.add_config_value("course", {}, "env", dict)
+    app.add_config_value("only_lesson", "", "env", str)  # of which alone the page is made
     app.add_directive("course", Course)
     # After lesson_runs has said what ran the page: this stands above it.
     app.connect("doctree-read", say_what_it_takes, priority=600)
