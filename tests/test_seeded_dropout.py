@@ -1,4 +1,5 @@
 import math
+import timeit
 from fractions import Fraction
 
 import numpy as np
@@ -10,6 +11,7 @@ from randomgen import Philox
 from seeded_dropout import (
     DEVICE,
     INTERPRET,
+    launch_seeded_dropout4x,
     seeded_dropout,
     seeded_dropout4x,
     seeded_dropout4x_op,
@@ -348,12 +350,68 @@ def test_simple_kernel_refuses_a_gradient():
 
 def test_operator_keeps_its_promises(randn, dtype):
     x = randn(6, 7, dtype=dtype)
-    for sample in (x, x.T, x[:0], x.clone().requires_grad_()):
+    for sample in (x, x.T, x[:0]):
         for p in (0.0, 0.5, 1.0):
             torch.library.opcheck(seeded_dropout4x_op, (sample, p, 7))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_gradients_of_torch_func(randn):
+    x, v = randn(20), randn(20)
+
+    def loss(x):
+        return (seeded_dropout4x(x, 0.3, 7) ** 3).sum()
+
+    mask = seeded_dropout4x(torch.ones_like(x), 0.3, 7)
+    expected = 3 * x**2 * mask**3
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    _, pull_back = torch.func.vjp(torch.func.grad(loss), x)
+    torch.testing.assert_close(pull_back(v)[0], 6 * x * mask**3 * v)
+
+
+def test_forward_mode_is_an_error_and_not_zero(randn):
+    x = randn(9)
+    with pytest.raises(NotImplementedError, match="jvp"):
+        torch.func.jvp(lambda x: seeded_dropout4x(x, 0.5, 7), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(NotImplementedError, match="jvp"):
+            seeded_dropout4x(dual, 0.5, 7)
+
+
+def test_vmap_is_an_error(randn):
+    with pytest.raises(RuntimeError, match="does not have vmap support"):
+        torch.vmap(lambda x: seeded_dropout4x(x, 0.5, 7))(randn(3, 9))
+
+
+def test_other_rounds_are_another_mask(randn):
+    x = torch.ones(1000, device=DEVICE)
+    ten = launch_seeded_dropout4x(x, 0.5, 7)
+    assert torch.equal(launch_seeded_dropout4x(x, 0.5, 7, 10), ten)
+    assert not torch.equal(launch_seeded_dropout4x(x, 0.5, 7, 7), ten)
+
+
+def test_a_call_costs_little_more_than_a_launch(monkeypatch, randn):
+    """What a call adds to its launch is less than a launch takes at the very least."""
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments: None
+
+    monkeypatch.setattr("seeded_dropout.seeded_dropout4x_kernel", Kernel())
+    x = randn(1000)
+
+    def microseconds(call, x):
+        times = timeit.repeat(lambda: call(x, 0.5, 7), number=1000, repeat=7)
+        return min(times) / 1000 * 1e6
+
+    launch = microseconds(launch_seeded_dropout4x, x)
+    for sample in (x, x.clone().requires_grad_()):
+        assert microseconds(seeded_dropout4x, sample) - launch < 20
+
+
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
+)
 def test_compiles_without_a_graph_break(randn, backend):
     def step(x, seed):
         return seeded_dropout4x(2 * x, 0.3, seed) + 1

@@ -134,8 +134,19 @@ def test_slices_without_tickets(changed, randn, dtype):
         torch.testing.assert_close(lesson.launch_slice_backward(dy, y), expected)
 
 
+def test_a_seed_for_each_row(solve, randn):
+    solution = solve("seeded_dropout", 2)
+    for n_cols in (13, 1024, 1500):
+        x, seeds = randn(3, n_cols), torch.tensor([7, -5, 2**40], device=DEVICE)
+        rows = [
+            solution.seeded_dropout4x(row, 0.3, seed)
+            for row, seed in zip(x, seeds.tolist(), strict=True)
+        ]
+        assert torch.equal(solution.row_dropout(x, 0.3, seeds), torch.stack(rows))
+
+
 def test_single_bits(solve, randn):
-    dropout = solve("seeded_dropout", 4).bit_dropout
+    dropout = solve("seeded_dropout", 3).bit_dropout
     x = torch.ones(100_000, device=DEVICE)
     y = dropout(x, 7)
     assert set(y.unique().tolist()) == {0, 2}
