@@ -4,9 +4,9 @@
 Dropout with a mask
 ===================
 
-Dropout sets random elements of a tensor to zero while a network trains. The textbook way stores
-which elements: a mask as large as the tensor. In this lesson you write that kernel, check it, and
-add up what the mask costs. The next lesson, :ref:`seeded dropout`, makes the cost disappear.
+You write dropout the textbook way, with a stored mask that says which elements are dropped, and
+add up what the mask costs. Dropout sets random elements of a tensor to zero while a network trains,
+and its mask is as large as the tensor. The next lesson, :ref:`seeded dropout`, does without one.
 
 You will learn
 
@@ -14,26 +14,26 @@ You will learn
 - how a Triton kernel combines two tensors element by element, whatever their size;
 - what a mask costs in memory, in bytes moved, and in trouble when a computation is repeated.
 
-You need to know PyTorch. You need no CUDA.
+Needs: PyTorch, and :ref:`fused softmax`.
 """
 
 # %%
-# Setting the stage
-# -----------------
+# Setting up
+# ----------
 #
 # The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
 # :ref:`fused softmax` explains them.
 
 # sphinx_gallery_thumbnail_path = '_static/dropout_mask.svg'
-import numbers
 import os
 import sys
 from datetime import date
 
 import torch
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRET else "cuda"
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
 if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
     if "triton" in sys.modules:
         raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
@@ -42,9 +42,12 @@ if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
 MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
-print(MACHINE)
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
 # Why scale what stays
@@ -89,6 +92,178 @@ def dropout_kernel(
         scale = tl.cast(scale, tl.float32)
     tl.store(y_ptr + offsets, tl.where(x_keep != 0, x * scale, 0.0), mask=inside)
 
+
+# %%
+# The launch starts one program for every 1024 elements.
+
+
+def launch_dropout(x, x_keep, p):
+    """Drop where ``x_keep`` is 0, for contiguous tensors and p < 1."""
+    y = torch.empty_like(x)
+    BLOCK = 1024
+    grid = (triton.cdiv(x.numel(), BLOCK),)
+    with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
+        dropout_kernel[grid](y, x, x_keep, x.numel(), 1 / (1 - p), BLOCK)
+    return y
+
+
+# %%
+# Ten elements
+# ------------
+#
+# The numbers are drawn on the CPU, so that this table is the same on every machine.
+
+if __name__ == "__main__":
+    from tabulate import tabulate
+
+    torch.manual_seed(0)
+    p = 0.5
+    x = torch.randn(10)
+    x_keep = torch.rand(10) > p
+    output = launch_dropout(x.to(DEVICE), x_keep.to(DEVICE), p)
+    table = {
+        "input": x.tolist(),
+        "keep mask": x_keep.int().tolist(),
+        "output": output.tolist(),
+    }
+    print(tabulate(table, headers="keys", floatfmt=".4f"))
+
+# %%
+# Where the mask is 1 the output is twice the input, because :math:`1 / (1 - p)` is 2.
+#
+# Is it right?
+# ------------
+#
+# Try an odd number of elements and masks of several dtypes, and drop an infinity and a NaN. The
+# reference is computed in float64.
+
+if __name__ == "__main__":
+    x = torch.randn(53 * 77, device=DEVICE)
+    x[0], x[1] = float("inf"), float("nan")
+    x_keep = torch.rand(53 * 77, device=DEVICE) > 0.1
+    x_keep[:2] = False
+    expected = torch.where(x_keep, x.double() / (1 - 0.1), 0.0).float()
+    for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64):
+        torch.testing.assert_close(launch_dropout(x, x_keep.to(dtype), 0.1), expected)
+    print(f"{x.numel()} elements agree, {(~x_keep).sum()} of them dropped")
+
+# %%
+# What the mask costs
+# -------------------
+#
+# **Memory.** The backward pass multiplies the incoming gradient by the same mask, so the mask is
+# kept from the forward pass until then. Here is what that is for the activations of one layer:
+
+if __name__ == "__main__":
+    # A tensor on the device "meta" has a shape, but no data.
+    activations = torch.empty(8, 2048, 4096, dtype=torch.bfloat16, device="meta")
+    rows = [["the activations themselves", "bfloat16", activations.nbytes / 2**20]]
+    for dtype in (torch.bool, torch.int32):
+        mask = activations.to(dtype)
+        rows.append(
+            ["their mask", str(dtype).removeprefix("torch."), mask.nbytes / 2**20]
+        )
+    print(tabulate(rows, headers=["", "dtype", "MiB"], floatfmt=".0f"))
+
+# %%
+# An int32 mask is twice as large as what it masks, and even PyTorch's, a byte for each element,
+# adds half. Of the 8 or 32 bits for each element, one carries information.
+#
+# **Bytes moved.** Dropout reads :math:`x` and writes :math:`y`, and the mask comes on top. Predict
+# before you look: for a large tensor in float32, which share of the copy's speed should this kernel
+# reach with a bool mask, which with an int32 mask, and which should the two PyTorch operators in
+# ``x * x_keep / (1 - p)`` reach? As before, the scale counts only the bytes that must move,
+# :math:`x` and :math:`y`, and the copy is the limit.
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["n_elements"],
+        x_vals=[2**i for i in range(12, 28)],
+        x_log=True,
+        line_arg="implementation",
+        line_vals=["bool", "int32", "torch", "copy"],
+        line_names=[
+            "this kernel, bool mask",
+            "this kernel, int32 mask",
+            "x * x_keep / (1 - p)",
+            "copy",
+        ],
+        styles=[
+            ("#d55e00", "-"),
+            ("#d55e00", ":"),
+            ("#cc79a7", "-"),
+            ("#555555", "--"),
+        ],
+        xlabel=f"elements, float32\n{MACHINE}",
+        ylabel="GB/s",
+        plot_name="baseline-dropout",
+        args={"p": 0.5},
+    )
+)
+def benchmark(n_elements, p, implementation):
+    x = torch.randn(n_elements, device=DEVICE)
+    x_keep = torch.rand(n_elements, device=DEVICE) > p
+    x_keep_int32 = x_keep.int()
+    run = {
+        "bool": lambda: launch_dropout(x, x_keep, p),
+        "int32": lambda: launch_dropout(x, x_keep_int32, p),
+        "torch": lambda: x * x_keep / (1 - p),
+        "copy": lambda: x.clone(),
+    }[implementation]
+    milliseconds = triton.testing.do_bench(run, return_mode="median")
+    return 2 * x.nbytes / milliseconds / 1e6  # bytes per ms, as GB/s
+
+
+if __name__ == "__main__" and not INTERPRET:
+    speed = benchmark.run(show_plots=True, return_df=True)
+    layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
+    print(tabulate(speed[::3], "keys", **layout))
+    n_elements, with_bool, with_int32, operators, copy = speed.iloc[-1]
+    rows = [
+        ["bool mask", 8 / 9, with_bool / copy],
+        ["int32 mask", 8 / 12, with_int32 / copy],
+        ["x * x_keep / (1 - p)", 8 / 17, operators / copy],
+    ]
+    headers = ["share of the copy", "predicted", f"measured, {n_elements:.0f} elements"]
+    print("\n" + tabulate(rows, headers, floatfmt=".0%"))
+
+# %%
+# Dropout without a mask moves 8 bytes for each element in float32. With an int32 mask it moves 12,
+# which leaves two thirds of the copy's speed, and with a bool mask 9. The two operators move 17,
+# because the product goes to memory and comes back. The last table compares these predictions with
+# what was measured. Where a measured share is well below the predicted one, something other than
+# bytes takes time, and counting bytes does not say what.
+#
+# The prediction holds for large tensors only. On the left of the figure all versions take a few
+# microseconds, whatever they move, because the CPU can't launch them any faster. And the mask had
+# to be drawn and written in the first place, which this figure does not even count.
+#
+# **Trouble with repetition.** Drawing the mask changes the state of a random number generator. A
+# computation that is run again draws another one, unless somebody saved that state and put it
+# back:
+
+if __name__ == "__main__":
+    first = torch.rand(10) > 0.5
+    again = torch.rand(10) > 0.5
+    print("the same mask twice?", torch.equal(first, again))
+
+# %%
+# Activation checkpointing runs parts of the forward pass a second time, to save memory. If dropout
+# then draws another mask, the gradients are wrong, and nothing complains. That is why
+# ``torch.utils.checkpoint`` saves the generator's state each time, and puts it back. The lesson on
+# :ref:`checkpointed dropout` shows the failure, and a dropout that cannot fail so.
+#
+# All three costs have one cause: the mask is *data*. In the next lesson, :ref:`seeded dropout`, it
+# becomes a function.
+#
+# As a public function
+# --------------------
+#
+# ``dropout`` takes tensors of any shape and strides, and says what is wrong with others. It has no
+# gradient; the second exercise adds it.
+
+import numbers
 
 MASK_DTYPES = [torch.bool]
 MASK_DTYPES += [torch.int8, torch.int16, torch.int32, torch.int64]
@@ -158,163 +333,19 @@ def dropout(x, x_keep, p):
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
     x = x.resolve_neg().contiguous()  # z.conj().imag negates only when read
-    y = torch.empty_like(x)
-    BLOCK = 1024
-    with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
-        dropout_kernel[(triton.cdiv(x.numel(), BLOCK),)](
-            y, x, x_keep.contiguous(), x.numel(), 1 / (1 - p), BLOCK
-        )
-    return y
+    return launch_dropout(x, x_keep.contiguous(), p)
 
-
-# %%
-# Ten elements
-# ------------
-#
-# The numbers are drawn on the CPU, so that this table is the same on every machine.
-
-from tabulate import tabulate
-
-torch.manual_seed(0)
-p = 0.5
-x = torch.randn(10)
-x_keep = torch.rand(10) > p
-output = dropout(x.to(DEVICE), x_keep.to(DEVICE), p)
-table = {
-    "input": x.tolist(),
-    "keep mask": x_keep.int().tolist(),
-    "output": output.tolist(),
-}
-print(tabulate(table, headers="keys", floatfmt=".4f"))
-
-# %%
-# Where the mask is 1 the output is twice the input, because :math:`1 / (1 - p)` is 2.
-#
-# Is it right?
-# ------------
-#
-# Try an odd number of elements, a transposed input and masks of several dtypes, and drop an
-# infinity and a NaN. The reference is computed in float64.
-
-x = torch.randn(77, 53, device=DEVICE).T
-x[0, 0], x[0, 1] = float("inf"), float("nan")
-x_keep = torch.rand(53, 77, device=DEVICE) > 0.1
-x_keep[0, :2] = False
-expected = torch.where(x_keep, x.double() / (1 - 0.1), 0.0).float()
-for dtype in (torch.bool, torch.uint8, torch.int32, torch.int64):
-    torch.testing.assert_close(dropout(x, x_keep.to(dtype), 0.1), expected)
-print(f"{x.numel()} elements agree, {(~x_keep).sum()} of them dropped")
-
-# %%
-# What the mask costs
-# -------------------
-#
-# **Memory.** The backward pass multiplies the incoming gradient by the same mask, so the mask is
-# kept from the forward pass until then. Here is what that is for the activations of one layer:
-
-activations = torch.empty(
-    8, 2048, 4096, dtype=torch.bfloat16, device="meta"
-)  # a shape without data
-rows = [["the activations themselves", "bfloat16", activations.nbytes / 2**20]]
-for dtype in (torch.bool, torch.int32):
-    rows.append(
-        [
-            "their mask",
-            str(dtype).removeprefix("torch."),
-            activations.to(dtype).nbytes / 2**20,
-        ]
-    )
-print(tabulate(rows, headers=["", "dtype", "MiB"], floatfmt=".0f"))
-
-# %%
-# An int32 mask is twice as large as what it masks, and even PyTorch's, a byte for each element,
-# adds half. Of the 8 or 32 bits for each element, one carries information.
-#
-# **Bytes moved.** Dropout reads :math:`x` and writes :math:`y`; the mask comes on top, and a
-# kernel this simple takes as long as its bytes take. The figure shows it. As before, the scale
-# counts only the bytes that must move, :math:`x` and :math:`y`, and the copy is the limit.
-
-
-@triton.testing.perf_report(
-    triton.testing.Benchmark(
-        x_names=["n_elements"],
-        x_vals=[2**i for i in range(12, 28)],
-        x_log=True,
-        line_arg="implementation",
-        line_vals=["bool", "int32", "torch", "copy"],
-        line_names=[
-            "this kernel, bool mask",
-            "this kernel, int32 mask",
-            "x * x_keep / (1 - p)",
-            "copy",
-        ],
-        styles=[
-            ("#d55e00", "-"),
-            ("#d55e00", ":"),
-            ("#cc79a7", "-"),
-            ("#555555", "--"),
-        ],
-        xlabel=f"elements, float32\n{MACHINE}",
-        ylabel="GB/s",
-        plot_name="baseline-dropout",
-        args={"p": 0.5},
-    )
-)
-def benchmark(n_elements, p, implementation):
-    x = torch.randn(n_elements, device=DEVICE)
-    x_keep = torch.rand(n_elements, device=DEVICE) > p
-    x_keep_int32 = x_keep.int()
-    run = {
-        "bool": lambda: dropout(x, x_keep, p),
-        "int32": lambda: dropout(x, x_keep_int32, p),
-        "torch": lambda: x * x_keep / (1 - p),
-        "copy": lambda: x.clone(),
-    }[implementation]
-    milliseconds = triton.testing.do_bench(run, return_mode="median")
-    return 2 * x.nbytes / milliseconds / 1e6  # bytes per ms, as GB/s
-
-
-# %%
 
 if __name__ == "__main__":
-    if not INTERPRET:
-        speed = benchmark.run(show_plots=True, return_df=True)
-        rows = speed[::3]
-        print(
-            tabulate(rows, "keys", floatfmt=".0f", showindex=False, maxheadercolwidths=14)
-        )
-        n_elements, with_bool, with_int32, operators, copy = speed.iloc[-1]
-        print(
-            f"\nOf the copy's speed at {n_elements:.0f} elements, this kernel reaches\n"
-            f"{with_bool / copy:.0%} with a bool mask and {with_int32 / copy:.0%} with "
-            f"an int32 mask; two PyTorch operators reach {operators / copy:.0%}."
-        )
-    else:
-        print("No figure: speed is measured on a GPU only, and this run had none.")
+    x, x_keep = (
+        torch.randn(77, 53, device=DEVICE).T,
+        torch.rand(53, 77, device=DEVICE) > 0.1,
+    )
+    y = dropout(x, x_keep, 0.1)
+    torch.testing.assert_close(y, torch.where(x_keep, x / (1 - 0.1), 0.0))
+    print("a transposed tensor agrees")
 
 # %%
-# With an int32 mask three tensors of equal size move where two would do, which leaves about two
-# thirds of the copy. A bool mask moves 9 bytes where 8 would do. PyTorch's two operators move 17,
-# since the product goes to memory and back. And the mask had to be drawn and written in the first
-# place, which this figure does not even count.
-#
-# **Trouble with repetition.** Drawing the mask changes the state of a random number generator. A
-# computation that is run again draws another one, unless somebody saved that state and put it
-# back:
-
-first = torch.rand(10) > p
-again = torch.rand(10) > p
-print("the same mask twice?", torch.equal(first, again))
-
-# %%
-# Activation checkpointing runs parts of the forward pass a second time, to save memory. If dropout
-# then draws another mask, the gradients are wrong, and nothing complains. That is why
-# ``torch.utils.checkpoint`` saves the generator's state each time, and puts it back. The lesson on
-# :ref:`checkpointed dropout` shows the failure, and a dropout that cannot fail so.
-#
-# All three costs have one cause: the mask is *data*. In the next lesson, :ref:`seeded dropout`, it
-# becomes a function.
-#
 # Exercises
 # ---------
 #
