@@ -12,12 +12,15 @@ from inside_a_kernel import DEVICE, H100, MI300, compile_for, softmax_with_warps
 PTXAS = """
 import json, re, subprocess, sys, tempfile
 import triton
-from triton import knobs
+from triton.backends.nvidia.compiler import get_ptxas
+ptxas = get_ptxas(90)
+# As Triton itself calls the ptxas of CUDA 13.
+options = ["--regAllocOptLevel=2"] if float(ptxas.version) >= 13 else []
 with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
     file.write(sys.stdin.read())
     file.flush()
     print(subprocess.run(
-        [knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
+        [ptxas.path, "-v", *options, "--gpu-name=sm_90a", file.name, "-o", "/dev/null"],
         capture_output=True, text=True,
     ).stderr)
 """

@@ -172,12 +172,16 @@ def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
 # :ref:`inside a kernel` tries the alternatives.
 
 
+# Threads of a warp: 64 on some of AMD's GPUs. No program has more than 1024 threads.
+WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
+
+
 def launch_row_softmax(x):
     """Softmax of the rows of a matrix, each by a program of its own."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n_rows, n_cols = x.shape
     BLOCK = triton.next_power_of_2(n_cols)
-    num_warps = min(max(BLOCK * x.element_size() // (32 * 64), 1), 32)
+    num_warps = min(max(BLOCK * x.element_size() // (WARP * 64), 1), 1024 // WARP)
     softmax_kernel[(n_rows,)](y, x, x.stride(0), n_cols, BLOCK, num_warps=num_warps)
     return y
 
@@ -330,7 +334,7 @@ if __name__ == "__main__" and not INTERPRET:
     for dtype in (torch.float32, torch.bfloat16):  # a launch returns the compiled kernel
         share[f"spills, {str(dtype)[6:]}"] = [
             softmax_kernel[(1,)](
-                x, x, n, n, triton.next_power_of_2(n), num_warps=32
+                x, x, n, n, triton.next_power_of_2(n), num_warps=1024 // WARP
             ).n_spills
             for n in map(int, share.n_cols)
             for x in [torch.empty(n, device=DEVICE, dtype=dtype)]

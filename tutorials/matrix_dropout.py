@@ -4,10 +4,10 @@
 Dropout with a seed per row
 ===========================
 
-With one seed for a whole batch, the mask of a sample depends on where in the batch it lands.
-Evaluate the sample alone and it gets another mask. In this lesson every row of a matrix has a seed
-of its own, so that a sample takes its mask along wherever it goes; and the kernel reads and writes
-any layout, transposed or sliced, with no copy before it.
+You give each row of a matrix a seed of its own, so that a sample keeps its dropout mask in whatever
+batch it appears. With one seed for the whole batch, the mask of a sample depends on where in the
+batch it lands: evaluate the sample alone, and it gets another mask. The kernel also reads any
+layout, transposed or sliced, without copying it first.
 
 You will learn
 
@@ -15,26 +15,26 @@ You will learn
 - what a stride is, and what a bad access pattern costs;
 - how to make a random result independent of batching, and how to show that it is.
 
-You need to know PyTorch. You need no CUDA.
+Needs: PyTorch, and :ref:`seeded dropout`.
 """
 
 # %%
-# Setting the stage
-# -----------------
+# Setting up
+# ----------
 #
 # The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
 # :ref:`fused softmax` explains them.
 
 # sphinx_gallery_thumbnail_path = '_static/strides.svg'
-import numbers
 import os
 import sys
 from datetime import date
 
 import torch
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRET else "cuda"
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
 if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
     if "triton" in sys.modules:
         raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
@@ -43,22 +43,21 @@ if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
 MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
-print(MACHINE)
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
 # Why a seed per row?
 # -------------------
 #
 # Think of rows as samples, and of a seed as a sample's number together with the training step. Then
-#
-# - a sample that you evaluate alone gives what it gave in its batch, so one bad example can be
-#   debugged without the other hundreds;
-# - data-parallel workers may share out a batch in any way, two GPUs or eight, and every sample
-#   keeps its mask;
-# - a run that resumes with another batch size goes on with the same masks;
-# - padding a batch, or sorting it by length, changes nothing.
+# a sample that you evaluate alone gives what it gave in its batch. You can divide a batch among two
+# GPUs or eight, go on with another batch size, pad a batch or sort it by length: every sample keeps
+# its mask.
 #
 # :ref:`seeded dropout` says what decides on element i under a seed: word i mod 4 of Philox for the
 # counter ⌊i / 4⌋. Here i is the *column*, and the seed is the row's. **Row r of the result is
@@ -67,37 +66,40 @@ print(MACHINE)
 # What a stride is
 # ----------------
 #
-# Memory has no rows and columns, it is one long line of elements. A tensor says how to walk along
-# it: ``x.stride()`` holds, for each dimension, how many elements to move on for the next index.
-# Element (r, c) lies at r · stride(0) + c · stride(1), counted from the first. Transposing moves no
-# element, it swaps the two strides. Every second column of ``x`` is the same memory with the second
-# stride doubled; one row repeated has a stride of 0.
+# Memory has no rows and columns: it is one long line of elements. ``x.stride()`` says for each
+# dimension how many elements to move on for the next index, so element (r, c) lies at
+# r · stride(0) + c · stride(1), counted from the first. Transposing swaps the two strides and moves
+# no element. Every second column of ``x`` is the same memory with the second stride doubled, and one
+# row repeated has a stride of 0.
 #
 # .. image:: /_static/strides.svg
 #    :alt: One line of twelve elements in memory, read in four ways: as three rows of four with strides 4 and 1, transposed with strides 1 and 4, every second column with strides 4 and 2, and the first row repeated with strides 0 and 1.
 
-x = torch.arange(12, device=DEVICE).reshape(3, 4)
-for name, view in [
-    ("as it is", x),
-    ("transposed", x.T),
-    ("every second column", x[:, ::2]),
-    ("a row repeated", x[0].expand(3, 4)),
-]:
-    same = view.data_ptr() == x.data_ptr()
-    print(f"{name:20} {tuple(view.shape)}  strides {view.stride()}  same memory: {same}")
+if __name__ == "__main__":
+    x = torch.arange(12, device=DEVICE).reshape(3, 4)
+    for name, view in [
+        ("as it is", x),
+        ("transposed", x.T),
+        ("every second column", x[:, ::2]),
+        ("a row repeated", x[0].expand(3, 4)),
+    ]:
+        same = view.data_ptr() == x.data_ptr()
+        print(
+            f"{name:20} {tuple(view.shape)}  strides {view.stride()}  same memory: {same}"
+        )
 
 # %%
 # The kernel
 # ----------
 #
-# A program works on a *tile* of ``ROWS`` times ``COLS`` elements. ``rows[:, None]`` stands the row
-# numbers in a column and ``cols[None, :]`` lays the column numbers in a row; where the two meet in
-# an operation, they widen to a tile, as in NumPy. A matrix of 8 columns takes a tile of many rows,
-# one of 65536 columns many tiles for each row. The tiles are numbered along the rows of tiles, so
-# the grid has one axis, which may hold 2^31 - 1 programs; a second axis would stop at 65535.
+# A program works on a *tile* of ``ROWS`` times ``COLS`` elements: a column of row numbers and a row
+# of column numbers make a two-dimensional block of addresses, by the same broadcasting as in
+# PyTorch. A narrow matrix takes tiles of many rows, and a wide one many tiles for each row. The
+# tiles are numbered in one sequence, because the first axis of a grid may have 2^31 - 1 programs
+# and the others only 65535.
 #
-# Each program loads the seeds of its rows. Philox takes a block of seeds as it takes one, and the
-# four words are woven together along the columns as in :ref:`seeded dropout`.
+# Each program loads the seeds of its rows. Philox takes a block of seeds just as it takes a single
+# one, and the four words are interleaved along the columns as in :ref:`seeded dropout`.
 
 
 @triton.jit
@@ -141,16 +143,16 @@ def matrix_dropout_kernel(
 # The shape of a tile
 # -------------------
 #
-# Memory is fetched in pieces of 32 bytes, 16 elements of bfloat16. The threads of a warp work in
-# step, and when neighbouring threads ask for neighbouring elements, a few pieces serve them all. So
-# a tile should be long in the direction in which elements are neighbours in memory.
+# Memory is fetched in pieces of 32 bytes, or 16 elements of bfloat16. If neighbouring threads ask
+# for neighbouring elements, a few pieces serve all of them. So a tile should be long in the
+# direction in which elements are neighbours in memory.
 #
-# For a contiguous matrix that is the row, for input and output alike: the tile is as wide as the
-# row, up to 2048, and takes more rows if the row is shorter. A transposed matrix is read along its
-# columns, while the result is written along its rows. The tile of 128 by 32 is long enough for
-# both: each column of it is 128 neighbours in the input, each row 32 neighbours in the output, and
-# the threads trade elements in between. Triton arranges that. The draws don't mind any shape, as
-# long as ``COLS`` is a multiple of 4.
+# For a contiguous matrix this is the row, in the input and in the output: the tile is as wide as
+# the row, up to 2048 columns, and takes more rows if the row is shorter. A transposed matrix is
+# read along its columns, but the result is written along its rows. A tile of 128 by 32 suits both:
+# a column of the tile has 128 neighbours in the input, and a row has 32 neighbours in the output.
+# Triton has the threads exchange their elements in between. The random words work with any shape,
+# as long as ``COLS`` is a multiple of 4.
 
 
 def tile_shape(x):
@@ -163,58 +165,206 @@ def tile_shape(x):
     return 2048 // COLS, COLS
 
 
-def launch(y, x, p, seeds, ROWS, COLS):
+def launch_tiles(y, x, p, seeds, ROWS, COLS):
     n_tiles = triton.cdiv(y.shape[0], ROWS) * triton.cdiv(y.shape[1], COLS)
+    threshold, scale = round(p * 2**32), 1 / (1 - p)
     with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
         matrix_dropout_kernel[(n_tiles,)](
-            y,
-            x,
-            seeds,
-            *x.shape,
-            *x.stride(),
-            round(p * 2**32),
-            1 / (1 - p),
-            ROWS,
-            COLS,
+            y, x, seeds, *x.shape, *x.stride(), threshold, scale, ROWS, COLS
         )
 
 
-# %%
-# The operator
-# ------------
-#
-# As before, an operator tells PyTorch how gradients flow. For given seeds dropout is linear, so the
-# backward pass is the same kernel on the incoming gradient, and all that is kept for it are the
-# seeds, 8 bytes a row. ``save_for_backward`` keeps them, and raises an error if someone changes
-# them in place before the backward pass.
-
-
-@torch.library.custom_op("fast_and_right::matrix_dropout", mutates_args=())
-def matrix_dropout_op(x: torch.Tensor, p: float, seeds: torch.Tensor) -> torch.Tensor:
+def launch_matrix_dropout(x: torch.Tensor, p: float, seeds: torch.Tensor) -> torch.Tensor:
     if p == 0:
         return x.clone(memory_format=torch.contiguous_format)
     if round(p * 2**32) == 2**32 or x.numel() == 0:
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    x = x.resolve_neg()  # z.conj().imag negates only when read
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    launch(y, x, p, seeds, *tile_shape(x))
+    launch_tiles(y, x, p, seeds, *tile_shape(x))
     return y
 
 
-@matrix_dropout_op.register_fake
-def _(x, p, seeds):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+# %%
+# The masks follow the rows
+# -------------------------
+#
+# Eight samples, each in a colour of its own; what is dropped is blank. On the right the same batch
+# after shuffling, seeds along with the samples.
+
+if __name__ == "__main__":
+    import matplotlib.pyplot as plt
+
+    p = 0.5
+    seeds = 1000 + torch.arange(8, device=DEVICE)  # a seed for each sample
+    x = torch.ones(8, 32, device=DEVICE)
+    order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=DEVICE)
+
+    samples = torch.arange(1, 9, device=DEVICE)[:, None]
+    batch = (launch_matrix_dropout(x, p, seeds) != 0) * samples
+    moved = (launch_matrix_dropout(x[order], p, seeds[order]) != 0) * samples[order]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.4))
+    colours = plt.matplotlib.colors.ListedColormap(["white", *plt.cm.Dark2.colors])
+    for axis, picture, title in zip(
+        axes, (batch, moved), ("the batch", "shuffled"), strict=True
+    ):
+        axis.imshow(picture.cpu().numpy(), cmap=colours, vmin=0, vmax=8, aspect="auto")
+        axis.set(title=title, xticks=[], yticks=[], ylabel="samples")
+        axis.grid(False)
+    plt.show()
+
+# %%
+# Now compare element by element, on 70 rows of 130 columns, neither of which a tile fits. Shuffle
+# the batch, cut it into two launches, pad it with rows and with columns, run one sample alone, and
+# read other layouts:
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x = torch.randn(70, 130, device=DEVICE)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (70,)).to(DEVICE)
+    run = launch_matrix_dropout
+    y = run(x, p, seeds)
+
+    order = torch.randperm(70, device=DEVICE)
+    assert torch.equal(run(x[order], p, seeds[order]), y[order])
+    halves = [run(x[:30], p, seeds[:30]), run(x[30:], p, seeds[30:])]
+    assert torch.equal(torch.cat(halves), y)
+    padded = torch.nn.functional.pad(x, (0, 9, 0, 5))
+    more_seeds = torch.nn.functional.pad(seeds, (0, 5))
+    assert torch.equal(run(padded, p, more_seeds)[:70, :130], y)
+    assert torch.equal(run(x[17:18], p, seeds[17:18]), y[17:18])
+    print("shuffled, cut, padded, alone: each row keeps its mask")
+
+    for view in (x.T.contiguous().T, torch.cat([x, x], dim=1)[:, :130]):
+        assert torch.equal(run(view, p, seeds), y)
+    row = x[:1].expand(70, 130)
+    assert torch.equal(run(row, p, seeds), run(row.clone(), p, seeds))
+    print("transposed, sliced, expanded: the same result")
+
+# %%
+# Is it fast?
+# -----------
+#
+# Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. At 8 columns of bfloat16
+# the seed adds a quarter to the bytes of its row, and at 64 columns a thirtieth, so from there on
+# the limit is about a copy. The figure shows GB/s of ``x`` and ``y`` alone, so what the seeds cost
+# shows on the left.
 
 
-def keep_p_and_seeds(ctx, inputs, output):
-    _, ctx.p, seeds = inputs
-    ctx.save_for_backward(seeds)
+def picoseconds(run, n):
+    """Time of ``run()``, divided among n elements."""
+    return triton.testing.do_bench(run, warmup=5, rep=40, return_mode="median") / n * 1e9
 
 
-def backward(ctx, gradient):
-    return matrix_dropout_op(gradient, ctx.p, *ctx.saved_tensors), None, None
+@triton.testing.perf_report(
+    [
+        triton.testing.Benchmark(
+            x_names=["n_cols"], x_log=True, x_vals=[2**i for i in range(3, 17)],
+            line_arg="line", line_vals=["matrix", "transposed", "torch", "copy"],
+            line_names=["matrix_dropout", "matrix_dropout, transposed", "F.dropout", "copy"],
+            styles=[("#d55e00", "-"), ("#d55e00", ":"), ("#0072b2", "-"), ("#555555", "--")],
+            xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}", ylabel="GB/s",
+            plot_name=f"matrix-dropout-{dtype}",
+            args={"n_elements": 2**28, "dtype": getattr(torch, dtype)},
+        )
+        for dtype in ("float32", "bfloat16")
+    ]
+)  # fmt: skip
+def benchmark(n_elements, n_cols, dtype, line):
+    x = torch.randn(n_elements // n_cols, n_cols, device=DEVICE, dtype=dtype)
+    xt = x.view(n_cols, -1).T
+    seeds = torch.arange(len(x), device=DEVICE)
+    run = {
+        "matrix": lambda: launch_matrix_dropout(x, 0.5, seeds),
+        "transposed": lambda: launch_matrix_dropout(xt, 0.5, seeds),
+        "torch": lambda: torch.nn.functional.dropout(x, 0.5),
+        "copy": x.clone,
+    }[line]
+    return 2 * x.nbytes / picoseconds(run, n_elements) / n_elements * 1e3
 
 
-matrix_dropout_op.register_autograd(backward, setup_context=keep_p_and_seeds)
+if __name__ == "__main__" and not INTERPRET:
+    for speed in benchmark.run(show_plots=True, return_df=True):
+        n_cols, matrix, transposed, torch_dropout, copy = speed.T.values
+        wide = n_cols >= 64
+        print(
+            f"matrix_dropout at 64 columns and up: {(matrix / copy)[wide].min():.0%} to "
+            f"{(matrix / copy)[wide].max():.0%} of the copy,\n"
+            f"{(matrix / torch_dropout)[wide].min():.2f} times F.dropout or more, "
+            f"transposed {(transposed / copy)[wide].min():.0%} of the copy or more;\n"
+            f"at 8 columns {(matrix / copy)[0]:.0%} of the copy and "
+            f"{(matrix / torch_dropout)[0]:.2f} times F.dropout.\n"
+        )
+
+# %%
+# The worst figure is that of 8 columns in bfloat16, where even ``F.dropout`` may be faster. The
+# seeds are part of the reason. The other part is that 8 is no multiple of 16, so the compiler can't
+# know that each row begins at a multiple of 16 bytes, and every element is loaded by itself.
+# :ref:`softmax tiles` shows what to do about that.
+
+# %%
+# What a bad access pattern costs
+# -------------------------------
+#
+# Now give a transposed matrix the tile of a contiguous one: a single row of 2048 elements, each far
+# from the next. The result is the same, bit for bit, but it takes longer. Each element asks for a
+# piece of 32 bytes, and most of the piece is not used, although the cache keeps some of it for
+# neighbouring rows. The last column is what many functions do: they call ``x.contiguous()`` first.
+# That copy also reads or writes elements that are far apart, and then everything is read and
+# written once more.
+
+if __name__ == "__main__" and not INTERPRET:
+    from tabulate import tabulate
+
+    n = 2**28
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.randn(4096, n // 4096, device=DEVICE, dtype=dtype).T
+        seeds = torch.arange(len(x), device=DEVICE)
+        y = torch.empty(x.shape, dtype=dtype, device=DEVICE)
+        runs = [
+            x.clone,
+            lambda: launch_tiles(y, x, 0.5, seeds, *tile_shape(x)),
+            lambda: launch_tiles(y, x, 0.5, seeds, 1, 2048),
+            lambda: launch_matrix_dropout(x.contiguous(), 0.5, seeds),
+        ]
+        rows.append([dtype, *(picoseconds(run, n) for run in runs)])
+    headers = ["ps an element", "copy", "tile of 128 x 32", "tile of 1 x 2048"]
+    headers += ["contiguous() first"]
+    print("A transposed matrix of 65536 rows and 4096 columns:\n")
+    print(tabulate(rows, headers, floatfmt=".2f"))
+
+# %%
+# As a public function
+# --------------------
+#
+# For given seeds dropout is linear, so the backward pass is the same kernel on the incoming
+# gradient, and only the seeds are kept for it, 8 bytes for each row. ``save_for_backward`` keeps
+# them, and raises an error if someone changes them in place before the backward pass.
+# :ref:`operators` explains why there are both an operator and a ``Function``.
+
+import numbers
+
+matrix_dropout_op = torch.library.custom_op(
+    "fast_and_right::matrix_dropout", launch_matrix_dropout, mutates_args=()
+)
+matrix_dropout_op.register_fake(lambda x, p, seeds: x.new_empty(x.shape))
+
+
+class MatrixDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(x, p, seeds):
+        compiling = torch.compiler.is_compiling()
+        return (matrix_dropout_op if compiling else launch_matrix_dropout)(x, p, seeds)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.p, seeds = inputs
+        ctx.save_for_backward(seeds)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return MatrixDropout.apply(gradient, ctx.p, *ctx.saved_tensors), None, None
 
 
 def matrix_dropout(x, p, seeds):
@@ -269,11 +419,8 @@ def matrix_dropout(x, p, seeds):
         raise TypeError(f"p must be a number, got {type(p).__name__}")
     if not 0 <= p <= 1:
         raise ValueError(f"p must be in [0, 1], got {p}")
-    if (
-        seeds.dtype.is_floating_point
-        or seeds.dtype.is_complex
-        or seeds.dtype == torch.bool
-    ):
+    dtype = seeds.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise TypeError(f"seeds must be integers, got {seeds.dtype}")
     if seeds.shape != x.shape[:1]:
         raise ValueError(
@@ -282,241 +429,44 @@ def matrix_dropout(x, p, seeds):
         )
     # As int64, a uint64 of 2^63 or more wraps to a negative number: the same 64 bits.
     seeds = seeds.to(x.device, torch.int64).contiguous()
-    return matrix_dropout_op(x, float(p), seeds)
+    return MatrixDropout.apply(x, float(p), seeds)
 
 
-# %%
-# The masks follow the rows
-# -------------------------
-#
-# Eight samples, each in a colour of its own; what is dropped is blank. On the right the same batch
-# after shuffling, seeds along with the samples.
+if __name__ == "__main__":
+    from torch.utils.checkpoint import checkpoint
 
-import matplotlib.pyplot as plt
-
-p = 0.5
-seeds = 1000 + torch.arange(8, device=DEVICE)  # a seed for each sample
-x = torch.ones(8, 32, device=DEVICE)
-order = torch.tensor([5, 2, 7, 0, 3, 6, 1, 4], device=DEVICE)
-
-samples = torch.arange(1, 9, device=DEVICE)[:, None]
-batch = (matrix_dropout(x, p, seeds) != 0) * samples
-shuffled = (matrix_dropout(x[order], p, seeds[order]) != 0) * samples[order]
-figure, axes = plt.subplots(1, 2, figsize=(9, 2.4))
-colours = plt.matplotlib.colors.ListedColormap(["white", *plt.cm.Dark2.colors])
-for axis, picture, title in zip(
-    axes, (batch, shuffled), ("the batch", "shuffled"), strict=True
-):
-    axis.imshow(picture.cpu().numpy(), cmap=colours, vmin=0, vmax=8, aspect="auto")
-    axis.set(title=title, xticks=[], yticks=[], ylabel="samples")
-    axis.grid(False)
-plt.show()
-
-# %%
-# Now with numbers, on 70 rows of 130 columns, neither of which a tile fits. Shuffle the batch, cut
-# it into two launches, pad it with rows and with columns, run one sample alone:
-
-torch.manual_seed(0)
-x = torch.randn(70, 130, device=DEVICE)
-seeds = torch.randint(-(2**63), 2**63 - 1, (70,)).to(DEVICE)
-y = matrix_dropout(x, p, seeds)
-
-order = torch.randperm(70, device=DEVICE)
-assert torch.equal(matrix_dropout(x[order], p, seeds[order]), y[order])
-halves = [matrix_dropout(x[:30], p, seeds[:30]), matrix_dropout(x[30:], p, seeds[30:])]
-assert torch.equal(torch.cat(halves), y)
-padded = torch.nn.functional.pad(x, (0, 9, 0, 5))
-more_seeds = torch.nn.functional.pad(seeds, (0, 5))
-assert torch.equal(matrix_dropout(padded, p, more_seeds)[:70, :130], y)
-assert torch.equal(matrix_dropout(x[17:18], p, seeds[17:18]), y[17:18])
-print("shuffled, cut, padded, alone: each row keeps its mask")
-
-# %%
-# What about layouts, gradients, checkpointing and ``torch.compile``?
-
-from torch.utils.checkpoint import checkpoint
-
-for view in (x.T.contiguous().T, torch.cat([x, x], dim=1)[:, :130]):
-    assert torch.equal(matrix_dropout(view, p, seeds), y)
-row = x[:1].expand(70, 130)
-assert torch.equal(matrix_dropout(row, p, seeds), matrix_dropout(row.clone(), p, seeds))
-
-w = x.clone().requires_grad_()
-matrix_dropout(w, p, seeds).sum().backward()
-assert torch.equal(w.grad, matrix_dropout(torch.ones_like(x), p, seeds))
-again = x.clone().requires_grad_()
-checkpoint(
-    lambda x: matrix_dropout(x, p, seeds),
-    again,
-    use_reentrant=False,
-    preserve_rng_state=False,
-).sum().backward()
-assert torch.equal(again.grad, w.grad)
-compiled = torch.compile(matrix_dropout, fullgraph=True, backend="aot_eager")
-assert torch.equal(compiled(x, p, seeds), y)
-print("any layout, checkpointed, compiled: the same result, and the same gradient")
-
-# %%
-# The tests of this site go further: they compare rows with ``seeded_dropout4x``, and masks,
-# decision by decision, with another implementation of Philox.
-#
-# Is it fast?
-# -----------
-#
-# Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. At 8 columns of bfloat16
-# the seed adds a quarter to the bytes of its row, at 64 columns a thirtieth. From there on the
-# limit is a copy. The figure shows GB/s of ``x`` and ``y`` alone, so what the seeds cost shows on
-# the left. In bfloat16 more is lost there: 8 columns are no multiple of 16, so the compiler can't
-# tell that rows begin at round addresses, and threads fetch one element at a time.
-
-
-def picoseconds(run, n):
-    """Time of ``run()``, divided among n elements."""
-    return triton.testing.do_bench(run, warmup=5, rep=40, return_mode="median") / n * 1e9
-
-
-@triton.testing.perf_report(
-    [
-        triton.testing.Benchmark(
-            x_names=["n_cols"],
-            x_vals=[2**i for i in range(3, 17)],
-            x_log=True,
-            line_arg="implementation",
-            line_vals=["matrix", "transposed", "torch", "copy"],
-            line_names=[
-                "matrix_dropout",
-                "matrix_dropout, transposed",
-                "F.dropout",
-                "copy",
-            ],
-            styles=[
-                ("#d55e00", "-"),
-                ("#d55e00", ":"),
-                ("#0072b2", "-"),
-                ("#555555", "--"),
-            ],
-            xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}",
-            ylabel="GB/s",
-            plot_name=f"matrix-dropout-{dtype}",
-            args={"n_elements": 2**28, "dtype": getattr(torch, dtype)},
-        )
-        for dtype in ("float32", "bfloat16")
-    ]
-)
-def benchmark(n_elements, n_cols, dtype, implementation):
-    x = torch.randn(n_elements // n_cols, n_cols, device=DEVICE, dtype=dtype)
-    xt = x.view(n_cols, -1).T
-    seeds = torch.arange(len(x), device=DEVICE)
-    run = {
-        "matrix": lambda: matrix_dropout(x, 0.5, seeds),
-        "transposed": lambda: matrix_dropout(xt, 0.5, seeds),
-        "torch": lambda: torch.nn.functional.dropout(x, 0.5),
-        "copy": x.clone,
-    }[implementation]
-    return 2 * x.nbytes / picoseconds(run, n_elements) / n_elements * 1e3
-
-
-if INTERPRET:
-    print("No figures: speed is measured on a GPU only, and this run had none.")
-elif __name__ == "__main__":
-    for speed in benchmark.run(show_plots=True, return_df=True):
-        n_cols, matrix, transposed, torch_dropout, copy = speed.T.values
-        wide = n_cols >= 64
-        print(
-            f"matrix_dropout at 64 columns and up: {(matrix / copy)[wide].min():.0%} to "
-            f"{(matrix / copy)[wide].max():.0%} of the copy,\n"
-            f"{(matrix / torch_dropout)[wide].min():.2f} times F.dropout or more, "
-            f"transposed {(transposed / copy)[wide].min():.0%} of the copy or more;\n"
-            f"at 8 columns {(matrix / copy)[0]:.0%} of the copy."
-        )
-
-# %%
-# What a bad access pattern costs
-# -------------------------------
-#
-# Now give a transposed matrix the tile of a contiguous one, a single row of 2048 elements, each far
-# from the next. The result is the same, bit for bit. The time is not: each element asks for a piece
-# of 32 bytes, and most of it is fetched in vain, though the cache saves some of it for neighbouring
-# rows. The last column is what many functions do about strides: ``x.contiguous()`` first. It takes
-# longest: that copy, too, has a side with elements far apart, and then everything is read and
-# written once more.
-
-if __name__ == "__main__" and not INTERPRET:
-    from tabulate import tabulate
-
-    n = 2**28
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(4096, n // 4096, device=DEVICE, dtype=dtype).T
-        seeds = torch.arange(len(x), device=DEVICE)
-        y = torch.empty(x.shape, dtype=dtype, device=DEVICE)
-        runs = [
-            x.clone,
-            lambda: launch(y, x, 0.5, seeds, *tile_shape(x)),
-            lambda: launch(y, x, 0.5, seeds, 1, 2048),
-            lambda: matrix_dropout(x.contiguous(), 0.5, seeds),
-        ]
-        rows.append([dtype, *(picoseconds(run, n) for run in runs)])
-    headers = [
-        "ps an element",
-        "copy",
-        "tile of 128 x 32",
-        "tile of 1 x 2048",
-        "contiguous() first",
-    ]
-    print("A transposed matrix of 65536 rows and 4096 columns:\n")
-    print(tabulate(rows, headers, floatfmt=".2f"))
-
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    y = matrix_dropout(x, 0.5, seeds)
-    extra = torch.cuda.max_memory_allocated() - before - y.nbytes
-    print(f"\nMemory that matrix_dropout takes beyond its result: {extra} bytes.")
+    w = x.clone().requires_grad_()
+    matrix_dropout(w, p, seeds).sum().backward()
+    assert torch.equal(w.grad, matrix_dropout(torch.ones_like(x), p, seeds))
+    again, options = x.clone().requires_grad_(), {"preserve_rng_state": False}
+    z = checkpoint(matrix_dropout, again, p, seeds, use_reentrant=False, **options)
+    z.sum().backward()
+    assert torch.equal(again.grad, w.grad)
+    compiled = torch.compile(matrix_dropout, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, p, seeds), y)
+    print("checkpointed, compiled: the same result, and the same gradient")
 
 # %%
 # Exercises
 # ---------
 #
-# Each of the first two has a function that checks your answer: it raises an error that says what is
-# wrong, or says that it is right.
-#
 # 1. Give each *column* a seed of its own, ``column_dropout(x, p, seeds)``. No new kernel is needed.
-#    ``check_column_dropout(column_dropout)`` checks it.
-# 2. Drop whole rows, as stochastic depth does: row r is kept when word 0 of the counter 0 under
-#    ``seeds[r]`` is at least p · 2³², and scaled by 1 / (1 - p). Write the kernel
-#    ``row_dropout(x, p, seeds)``; one word is enough for a row. ``check_row_dropout(row_dropout)``
-#    checks it.
-# 3. A batch of sequences has three dimensions and three strides. Which changes does the kernel
+#    ``check_column_dropout(column_dropout)`` raises an error if it is wrong.
+# 2. A batch of sequences has three dimensions and three strides. Which changes does the kernel
 #    need, with one seed for each sequence? What does ``x.flatten(1)`` cost instead, and for which
 #    layouts does it cost nothing?
 
 
-def check(answer, expected, n_rows, n_cols, n_seeds):
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(n_rows, n_cols, generator=generator).to(DEVICE)
-    seeds = torch.arange(n_seeds, device=DEVICE)
-    for p in (0, 0.3, 1):
-        y, right = answer(x, p, seeds), expected(x, p, seeds)
-        wrong = (y != right).sum().item()
-        if wrong:
-            raise AssertionError(f"{wrong} of {x.numel()} elements are wrong at p = {p}")
-    print("right")
-
-
 def check_column_dropout(answer):
-    def expected(x, p, seeds):
-        columns = zip(x.T, seeds, strict=True)
-        rows = [matrix_dropout(column[None], p, seed[None]) for column, seed in columns]
-        return torch.cat(rows).T
-
-    check(answer, expected, 9, 5, 5)
-
-
-def check_row_dropout(answer):
-    def expected(x, p, seeds):
-        return x * matrix_dropout(torch.ones_like(x[:, :1]), p, seeds)
-
-    check(answer, expected, 40, 300, 40)
+    x = torch.arange(1.0, 46, device=DEVICE).reshape(9, 5)
+    seeds = torch.arange(5, device=DEVICE)
+    for p in (0, 0.3, 1):
+        y = answer(x, p, seeds)
+        for c in range(5):
+            right = matrix_dropout(x[:, c][None], p, seeds[c : c + 1])[0]
+            if not torch.equal(y[:, c], right):
+                raise AssertionError(f"column {c} is wrong at p = {p}")
+    print("right")
 
 
 # %%
@@ -533,37 +483,7 @@ def check_row_dropout(answer):
 #
 #          check_column_dropout(column_dropout)
 #
-#    2. Each program draws its row's word, and a row that is dropped need not even be read. At p = 1
-#       the threshold is 2³², which no word reaches, so the comparison is in 64 bits.
-#
-#       .. code-block:: python
-#
-#          @triton.jit
-#          def row_dropout_kernel(
-#              y_ptr, x_ptr, seeds_ptr, n_cols, row_stride, col_stride, threshold, scale,
-#              BLOCK: tl.constexpr,
-#          ):
-#              row = tl.program_id(0).to(tl.int64)
-#              cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-#              word = tl.randint(tl.load(seeds_ptr + row), row * 0).to(tl.int64)
-#              inside = cols < n_cols
-#              kept = inside & (word >= threshold)
-#              x = tl.load(x_ptr + row * row_stride + cols * col_stride, mask=kept, other=0.0)
-#              tl.store(y_ptr + row * n_cols + cols, x * scale, mask=inside)
-#
-#
-#          def row_dropout(x, p, seeds):
-#              y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-#              scale = 1 / (1 - p) if p < 1 else 0.0
-#              row_dropout_kernel[len(x), triton.cdiv(x.shape[1], 1024)](
-#                  y, x, seeds, x.shape[1], *x.stride(), round(p * 2**32), scale, 1024
-#              )
-#              return y
-#
-#
-#          check_row_dropout(row_dropout)
-#
-#    3. A row is now a sequence, and a column stands for a step and a feature: the address needs
+#    2. A row is now a sequence, and a column stands for a step and a feature: the address needs
 #       both, with a stride for each. Decisions and result stay as they are.
 #
 #       .. code-block:: diff
@@ -592,5 +512,3 @@ def check_row_dropout(answer):
 #   2011.
 # - PyTorch's documentation of `tensor views and strides <https://docs.pytorch.org/docs/stable/tensor_view.html>`_.
 # - NVIDIA, `CUDA C++ best practices guide: coalesced access to global memory <https://docs.nvidia.com/cuda/cuda-c-best-practices-guide/#coalesced-access-to-global-memory>`_.
-# - G. Huang, Y. Sun, Z. Liu, D. Sedra and K. Weinberger, `Deep networks with stochastic depth <https://arxiv.org/abs/1603.09382>`_,
-#   2016: for the second exercise.

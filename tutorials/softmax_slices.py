@@ -195,6 +195,10 @@ import math
 LAG_BYTES = 5 * 2**20
 
 
+# Threads of a warp: 64 on some of AMD's GPUs. No program has more than 1024 threads.
+WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
+
+
 def launch_slices(kernel, lag_bytes, *inputs):
     out = torch.empty(inputs[0].shape, dtype=inputs[0].dtype, device=inputs[0].device)
     if out.numel() == 0:
@@ -206,9 +210,11 @@ def launch_slices(kernel, lag_bytes, *inputs):
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
     lag = min(SLICES + lag_bytes // (BLOCK * itemsize * len(inputs)), n_slices)
-    num_warps = BLOCK * max(itemsize, 4 // ALIGN) // (32 * 64)  # 64 bytes for each thread
+    num_warps = (
+        BLOCK * max(itemsize, 4 // ALIGN) // (WARP * 64)
+    )  # 64 bytes for each thread
     # One word a thread or more: two threads that load the same word could disagree.
-    WORDS = max(triton.next_power_of_2(SLICES), 32 * num_warps)
+    WORDS = max(triton.next_power_of_2(SLICES), WARP * num_warps)
     word = torch.int64 if itemsize == 8 else torch.int32
     stats = torch.full((2 * n_slices + 2,), -1, dtype=word, device=out.device)
     with torch.cuda.device_of(out):  # if there are several GPUs

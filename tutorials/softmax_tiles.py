@@ -133,9 +133,13 @@ import math
 TILE = 4096
 
 
+# Threads of a warp: 64 on some of AMD's GPUs. No program has more than 1024 threads.
+WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
+
+
 def warps(n_bytes):
     """As many warps as give each thread 64 bytes, from 1 to the 32 that a program may have."""
-    return min(max(n_bytes // (32 * 64), 1), 32)
+    return min(max(n_bytes // (WARP * 64), 1), 1024 // WARP)
 
 
 def launch_tiles(kernel, tensors, n_rows, *widths, tile=TILE, align=True):
