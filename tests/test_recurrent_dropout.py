@@ -15,6 +15,7 @@ from recurrent_dropout import (
     DEVICE,
     FORMS,
     HEADERS,
+    INTERPRET,
     EmbeddingDropout,
     LockedDropout,
     WeightDrop,
@@ -584,6 +585,8 @@ MODULES = {
 
 @pytest.mark.parametrize("name", MODULES)
 def test_gradients_by_torch_func(randn, name):
+    if name == "lstm" and not INTERPRET:
+        pytest.skip("torch.nn.LSTM on a GPU asks for memory that torch.func hides")
     module, x = MODULES[name](), randn(3, 2, 4)
 
     def loss(parameters, x):

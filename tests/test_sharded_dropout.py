@@ -167,7 +167,12 @@ def test_second_derivatives(as_rank, randn):
         x = DTensor.from_local(x, mesh, [Shard(0)], run_check=False)
         return sharded_dropout(x, 0.3, 7).to_local()
 
+    def doubled(x):
+        return (2 * DTensor.from_local(x, mesh, [Shard(0)], run_check=False)).to_local()
+
     torch.autograd.gradcheck(function, x)
+    if not torch.autograd.gradgradcheck(doubled, x, raise_exception=False):
+        pytest.skip("second derivatives through a DTensor are lost in this PyTorch")
     torch.autograd.gradgradcheck(function, x)
 
 

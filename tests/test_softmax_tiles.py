@@ -191,7 +191,9 @@ def test_a_gradient_that_can_be_differentiated_is_the_same(randn, dtype):
         for create_graph in (False, True)
     )
     assert differentiable.requires_grad and not plain.requires_grad
-    torch.testing.assert_close(plain, differentiable.detach())
+    # Both subtract numbers of the size of y and dy that nearly cancel.
+    atol = torch.finfo(dtype).eps * tile_softmax(x).max().item() * dy.abs().max().item()
+    torch.testing.assert_close(plain, differentiable.detach(), rtol=2**-6, atol=atol)
 
 
 def test_forward_mode_is_an_error_and_not_a_zero(randn):

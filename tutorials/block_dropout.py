@@ -298,7 +298,7 @@ def benchmark(n_elements, dtype, block):
     run = {
         "torch": lambda: torch.nn.functional.dropout(x, 0.5),
         "copy": lambda: x.clone(),
-    }.get(block, lambda: block_dropout(x, 0.5, 7, shape, offsets))
+    }.get(block, lambda: launch_block_dropout(x, 0.5, 7, shape, offsets))
     return 2 * x.nbytes / triton.testing.do_bench(run, return_mode="median") / 1e6
 
 
