@@ -4,11 +4,11 @@
 A fused LSTM with recurrent dropout
 ===================================
 
-A mask on the state belongs inside the time loop, and the LSTM of cuDNN, NVIDIA's library behind
-``torch.nn.LSTM``, is fast, but lets nobody in. So recurrent dropout sends Keras, and everybody
-else, back to a loop of small operators, several times slower. In this lesson you write the loop's
-inside as one kernel, put the mask into it, and give the whole sequence to the GPU at once. Then the
-figures set it beside cuDNN without dropout.
+You write the step of an LSTM as one kernel, with recurrent dropout inside, and give the whole
+sequence to the GPU at once. The mask on the state belongs inside the time loop, and cuDNN, NVIDIA's
+library behind ``torch.nn.LSTM``, has no place for it. So recurrent dropout sends Keras, and
+everybody else, back to a loop of small operators, which is several times slower. At the end you
+compare the kernel with cuDNN without dropout, both launched in the same way.
 
 You will learn
 
@@ -17,28 +17,26 @@ You will learn
 - how to fuse a step of a recurrent network, forward and backward, around a matrix product;
 - how CUDA graphs take the CPU out of a loop, and why every replay still draws new masks.
 
-You need to know PyTorch and, roughly, what an LSTM computes. You need no CUDA.
+Needs: PyTorch, and :ref:`recurrent dropout`.
 """
 
 # %%
-# Setting the stage
-# -----------------
+# Setting up
+# ----------
 #
 # The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
 # :ref:`fused softmax` explains them.
 
 # sphinx_gallery_thumbnail_path = '_static/fused_lstm.svg'
-import gc
-import numbers
 import os
 import sys
 from datetime import date
-from functools import partial
 
 import torch
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRET else "cuda"
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
 if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
     if "triton" in sys.modules:
         raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
@@ -47,9 +45,12 @@ if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
 MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
-print(MACHINE)
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
 # The masks of Keras
@@ -74,7 +75,8 @@ print(MACHINE)
 #
 # This is the loop, as one would write it. Masks have shape (G, batch, units), and G is 4 or 1.
 
-from tabulate import tabulate
+import numbers
+
 from torch.nn.functional import linear, pad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -135,7 +137,15 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 
 @triton.jit
 def tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
+    e = tl.exp(-2 * tl.abs(x))  # at most 1: nothing overflows
+    far = (1 - e) / (1 + e)
+    # Near 0 the difference 1 - e loses digits, so take the first terms of the series there.
+    s = x * x
+    series = -929569 / 638512875 + s * (6404582 / 10854718875)
+    series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series))
+    series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
+    t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far)
+    return tl.where(x < 0, -t, t)
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -189,7 +199,8 @@ def step_kernel(
 # %%
 # For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. No other
 # line has to know about lengths. c is float32 even when all else is bfloat16, because it sums over
-# all steps. (The hyperbolic tangent is made from a sigmoid: Triton's own has no interpreter.)
+# all steps. (The hyperbolic tangent is written out, because Triton's interpreter has none. Made from
+# a sigmoid it would be short, but near 0 it would lose all its digits.)
 #
 # The backward pass of a step
 # ---------------------------
@@ -299,8 +310,7 @@ def threshold_and_scale(p):
     return round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0
 
 
-@torch.library.custom_op("fast_and_right::gate_dropout", mutates_args=())
-def gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+def launch_gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """Multiply (G, T, B, units) by a mask (G, 1, B, units) that is drawn from the seed."""
     if x.dim() != 4 or not 1 <= len(x) <= 4 or not x.is_floating_point():
         got = f"{x.dtype} of shape {tuple(x.shape)}"
@@ -318,46 +328,45 @@ def gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         rows = n_steps * n_sequences
         with torch.cuda.device_of(x):
             gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
-                y,
-                x,
-                x.stride(0),
-                rows,
-                n_sequences,
-                n_units,
-                *threshold_and_scale(p),
-                seed,
-                G,
-                BLOCK,
-            )
+                y, x, x.stride(0), rows, n_sequences, n_units,
+                *threshold_and_scale(p), seed, G, BLOCK,
+            )  # fmt: skip
     return y
 
 
-@gate_dropout.register_fake
-def _(x, p, seed):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+gate_dropout_op = torch.library.custom_op(
+    "fast_and_right::gate_dropout", launch_gate_dropout, mutates_args=()
+)
+gate_dropout_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
 
 
-def keep_p_and_seed(ctx, inputs, output):
-    _, ctx.p, seed = inputs
-    ctx.save_for_backward(seed)
+class GateDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(x, p, seed):
+        compiling = torch.compiler.is_compiling()
+        return (gate_dropout_op if compiling else launch_gate_dropout)(x, p, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, ctx.p, seed = inputs
+        ctx.save_for_backward(seed)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return GateDropout.apply(gradient, ctx.p, *ctx.saved_tensors), None, None
 
 
-def gate_dropout_gradient(ctx, gradient):
-    return gate_dropout(gradient, ctx.p, *ctx.saved_tensors), None, None
-
-
-gate_dropout.register_autograd(gate_dropout_gradient, setup_context=keep_p_and_seed)
+gate_dropout = GateDropout.apply
 
 # %%
 # The loop
 # --------
 #
-# Now the operator that runs all steps. U comes as (G, 4H/G, H): as four matrices for four masked
+# Now run all steps. U comes as (G, 4H/G, H): as four matrices for four masked
 # states, or as one. The product is a batched one, added in place to what the inputs gave.
 
 
-@torch.library.custom_op("fast_and_right::lstm_steps", mutates_args=())
-def lstm_steps(
+def launch_steps(
     from_input: torch.Tensor,
     weight: torch.Tensor,
     h0: torch.Tensor,
@@ -373,7 +382,7 @@ def lstm_steps(
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
     h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
-    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
     sizes = n_sequences, n_units, *threshold_and_scale(p)
     with torch.cuda.device_of(h):
@@ -384,21 +393,12 @@ def lstm_steps(
     return h, c, gates
 
 
-@lstm_steps.register_fake
-def _(from_input, weight, h0, c0, lengths, p, seed):
-    n_steps, n_sequences, _, n_units = from_input.shape
-    h = from_input.new_empty(n_steps + 1, n_sequences, n_units)
-    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    return h, c, from_input.new_empty(from_input.shape)
-
-
 # %%
 # Back through the steps. After the loop, the gradient of U is one product over all steps at once,
 # and the masked states it needs are drawn again rather than kept.
 
 
-@torch.library.custom_op("fast_and_right::lstm_steps_backward", mutates_args=())
-def lstm_steps_backward(
+def launch_steps_backward(
     dh: torch.Tensor,
     dc: torch.Tensor,
     gates: torch.Tensor,
@@ -424,37 +424,62 @@ def lstm_steps_backward(
             step_backward_kernel[grid](*tensors, t, *sizes, seed, G, BLOCK)
             by_mask = d_gates[t].view(n_sequences, G, -1).transpose(0, 1)
             torch.bmm(by_mask, weight, out=d_masked)
-    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
     by_mask = d_gates.view(n_steps * n_sequences, G, weight.shape[1])
     d_weight = torch.bmm(by_mask.permute(1, 2, 0), masked)
-    dh0 = gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
+    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
     dc0 = d_cell + dc[0]
     return d_gates, d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone()
 
 
-@lstm_steps_backward.register_fake
+# %%
+# Autograd gets both as one ``Function``, and ``torch.compile`` gets an operator for each;
+# :ref:`operators` explains why.
+
+lstm_steps_op = torch.library.custom_op(
+    "fast_and_right::lstm_steps", launch_steps, mutates_args=()
+)
+lstm_steps_backward_op = torch.library.custom_op(
+    "fast_and_right::lstm_steps_backward", launch_steps_backward, mutates_args=()
+)
+
+
+@lstm_steps_op.register_fake
+def _(from_input, weight, h0, c0, lengths, p, seed):
+    n_steps, n_sequences, _, n_units = from_input.shape
+    h = from_input.new_empty(n_steps + 1, n_sequences, n_units)
+    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
+    return h, c, from_input.new_empty(from_input.shape)
+
+
+@lstm_steps_backward_op.register_fake
 def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
-    fakes = [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in (gates, weight, h[0, :, :n_real], c[0, :, :n_real])
-    ]
-    return tuple(fakes)
+    states = h[0, :, :n_real], c[0, :, :n_real]
+    return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
 
 
-def keep_what_backward_needs(ctx, inputs, output):
-    _, weight, h0, _, lengths, ctx.p, seed = inputs
-    h, c, gates = output
-    ctx.n_real = h0.shape[1]
-    ctx.mark_non_differentiable(gates)
-    ctx.save_for_backward(gates, weight, h, c, lengths, seed)
+class LSTMSteps(torch.autograd.Function):
+    @staticmethod
+    def forward(from_input, weight, h0, c0, lengths, p, seed):
+        run = lstm_steps_op if torch.compiler.is_compiling() else launch_steps
+        return run(from_input, weight, h0, c0, lengths, p, seed)
 
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, weight, h0, _, lengths, ctx.p, seed = inputs
+        h, c, gates = output
+        ctx.n_real = h0.shape[1]
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(gates, weight, h, c, lengths, seed)
 
-def lstm_steps_gradient(ctx, dh, dc, _):
-    *saved, seed = ctx.saved_tensors
-    return *lstm_steps_backward(dh, dc, *saved, ctx.n_real, ctx.p, seed), None, None, None
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dh, dc, _):
+        compiling = torch.compiler.is_compiling()
+        run = lstm_steps_backward_op if compiling else launch_steps_backward
+        *saved, seed = ctx.saved_tensors
+        return *run(dh, dc, *saved, ctx.n_real, ctx.p, seed), None, None, None
 
-
-lstm_steps.register_autograd(lstm_steps_gradient, setup_context=keep_what_backward_needs)
 
 # %%
 # The module
@@ -569,7 +594,7 @@ class LSTM(torch.nn.Module):
         if self.batch_first and packed is None:
             x = x.transpose(0, 1)
         if lengths is not None:
-            lengths = torch.as_tensor(lengths)
+            lengths = torch.as_tensor(lengths, device=getattr(lengths, "device", "cpu"))
             if lengths.numel() and lengths.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
             lengths = lengths.long()
@@ -579,7 +604,7 @@ class LSTM(torch.nn.Module):
         if lengths is None:
             state = h[-1:].clone(), c[-1:].clone()
         else:
-            ends = lengths[None], torch.arange(x.shape[1])[None]
+            ends = lengths[None], torch.arange(x.shape[1], device=lengths.device)[None]
             state = h[ends], c[ends]
         if packed is not None:
             order = packed.sorted_indices
@@ -600,12 +625,28 @@ class LSTM(torch.nn.Module):
         shape = 1, n_sequences, self.hidden_size
         if hx is None:
             hx = x.new_zeros(shape), x.new_zeros(shape)
-        elif len(hx) != 2 or not all(isinstance(part, torch.Tensor) for part in hx):
+        elif not (
+            isinstance(hx, tuple | list)
+            and len(hx) == 2
+            and all(isinstance(part, torch.Tensor) for part in hx)
+        ):
             raise TypeError("hx must be None or a pair of tensors")
         h0, c0 = hx
         if h0.shape != shape or c0.shape != shape:
             got = tuple(h0.shape), tuple(c0.shape)
             raise ValueError(f"hx must be two tensors of shape {shape}, got {got}")
+        for state in hx:
+            if state.device != x.device:
+                raise ValueError(
+                    f"hx must be on {x.device}, as input, got {state.device}"
+                )
+            if not torch.is_autocast_enabled(DEVICE) and state.dtype != x.dtype:
+                raise TypeError(f"hx must be {x.dtype}, as input, got {state.dtype}")
+        weight = self.weight_hh_l0
+        if not torch.is_autocast_enabled(DEVICE) and weight.dtype != x.dtype:
+            raise TypeError(
+                f"input must be {weight.dtype}, as the weights, got {x.dtype}"
+            )
         if lengths is None:
             lengths = torch.full((n_sequences,), n_steps, device=x.device)
         else:
@@ -639,7 +680,7 @@ class LSTM(torch.nn.Module):
         gates = gates.view(G, n_steps, n_sequences, 4 // G, H + extra).permute(
             1, 2, 0, 3, 4
         )
-        h, c, _ = lstm_steps(
+        h, c, _ = LSTMSteps.apply(
             gates.flatten(2, 3),
             weight_hh.to(gates.dtype).view(G, -1, H + extra),
             h0[0].to(gates.dtype),
@@ -661,84 +702,78 @@ class LSTM(torch.nn.Module):
 # module is going to draw. All in float64, so that the comparison is sharp, and with the gradients
 # of everything.
 
-T, B, F, H = 5, 3, 4, 7
-torch.manual_seed(0)
-x = torch.randn(T, B, F, device=DEVICE, dtype=torch.float64, requires_grad=True)
-reference = torch.nn.LSTM(F, H).to(DEVICE, torch.float64)
-lstm = LSTM(F, H, dropout=0.3, recurrent_dropout=0.3, implementation=1)
-lstm = lstm.to(DEVICE, torch.float64)
-lstm.load_state_dict(reference.state_dict())
-torch.testing.assert_close(lstm.eval()(x), reference(x))
-
-
-def masks(G, n_units, p, seed):
-    ones = torch.ones(G, 1, B, n_units, device=DEVICE, dtype=torch.float64)
-    return gate_dropout(ones, p, seed)[:, 0]
-
 
 def loop_like(lstm, x):
     """What ``lstm.train()(x)`` is about to compute, by the plain loop."""
     G = 4 if lstm.implementation == 1 else 1
     seeds = torch.randint(2**62, (2,), device=DEVICE)
+
+    def masks(n_units, p, seed):
+        return gate_dropout(x.new_ones(G, 1, x.shape[1], n_units), p, seed)[:, 0]
+
     return lstm_loop(
-        x,
-        lstm.weight_ih_l0,
-        lstm.weight_hh_l0,
-        lstm.bias_ih_l0 + lstm.bias_hh_l0,
-        *x.new_zeros(2, B, H),
-        masks(G, F, lstm.dropout, seeds[:1]),
-        masks(G, H, lstm.recurrent_dropout, seeds[1:]),
-    )[0]
+        x, lstm.weight_ih_l0, lstm.weight_hh_l0, lstm.bias_ih_l0 + lstm.bias_hh_l0,
+        *x.new_zeros(2, x.shape[1], lstm.hidden_size),
+        masks(lstm.input_size, lstm.dropout, seeds[:1]),
+        masks(lstm.hidden_size, lstm.recurrent_dropout, seeds[1:]),
+    )[0]  # fmt: skip
 
 
-for lstm.implementation in (1, 2):
-    results = []
-    for run in (lambda x: lstm.train()(x)[0], lambda x: loop_like(lstm, x)):
-        torch.manual_seed(1)
-        y = run(x)
-        inputs = [x, *lstm.parameters()]
-        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
-    torch.testing.assert_close(*results)
-    error = max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
-    print(
-        f"implementation {lstm.implementation}: outputs and gradients within {error:.0e}"
-    )
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    reference = torch.nn.LSTM(4, 7).to(DEVICE, torch.float64)
+    lstm = LSTM(4, 7, dropout=0.3, recurrent_dropout=0.3).to(DEVICE, torch.float64)
+    lstm.load_state_dict(reference.state_dict())
+    torch.testing.assert_close(lstm.eval()(x), reference(x))
+
+    for lstm.implementation in (1, 2):
+        results = []
+        for run in (lambda x: lstm.train()(x)[0], lambda x: loop_like(lstm, x)):
+            torch.manual_seed(1)
+            y = run(x)
+            inputs = [x, *lstm.parameters()]
+            results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+        torch.testing.assert_close(*results)
+        error = max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+        print(f"implementation {lstm.implementation}: all gradients within {error:.0e}")
 
 # %%
 # Sequences of different lengths, packed or padded, come out as they would alone. A length of 0
 # leaves the state as it was; ``torch.nn.LSTM`` refuses it.
 
-lengths = [5, 0, 2]
-output, (h_n, _) = lstm.eval()(x, lengths=lengths)
-for b, length in enumerate(lengths):
-    alone, (h_alone, _) = lstm(x[:length, b : b + 1])
-    torch.testing.assert_close(output[:length, b : b + 1], alone)
-    torch.testing.assert_close(h_n[:, b : b + 1], h_alone)
-    assert not output[length:, b].any()
+if __name__ == "__main__":
+    lengths = [5, 0, 2]
+    output, (h_n, _) = lstm.eval()(x, lengths=lengths)
+    for b, length in enumerate(lengths):
+        alone, (h_alone, _) = lstm(x[:length, b : b + 1])
+        torch.testing.assert_close(output[:length, b : b + 1], alone)
+        torch.testing.assert_close(h_n[:, b : b + 1], h_alone)
+        assert not output[length:, b].any()
 
-packed = pack_padded_sequence(x, [5, 3, 2])
-torch.testing.assert_close(lstm(packed)[0].data, reference(packed)[0].data)
+    packed = pack_padded_sequence(x, [5, 3, 2])
+    torch.testing.assert_close(lstm(packed)[0].data, reference(packed)[0].data)
 
 # %%
 # Take the CPU out of the loop
 # ----------------------------
 #
-# Every launch costs the CPU time, one of Triton more than one of PyTorch's own. Two a step are few,
-# but if the GPU is done with a step before the CPU has launched the next, it waits.
+# Every launch costs the CPU time, and a launch from Triton costs more than one of PyTorch's own
+# operators. We launch only twice a step. But if the GPU finishes a step before the CPU has launched
+# the next, it has to wait: the loop is CPU-bound.
 #
-# A *CUDA graph* records the launches once and replays them all with one call. PyTorch records a
-# module's forward and backward pass with ``torch.cuda.make_graphed_callables``. The module then
-# wants inputs of the recorded shape, and the output of one replay is overwritten by the next.
+# A *CUDA graph* helps. You *capture* the launches once, and then one call replays all of them.
+# ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module. From
+# then on the module takes inputs of the captured shape only, and each replay overwrites the output
+# of the one before.
 #
-# A replay repeats the same launches with the same arguments. Would it draw the same masks? It
-# would if the seed were an argument. But the kernels *load* the seed, and the launch that draws it
-# is in the recording as well; PyTorch moves its generator on with every replay.
+# A replay repeats the same launches with the same arguments. If the seed were an argument, each
+# replay would draw the same masks. But our kernels *load* the seed from memory, and the launch that
+# draws a new one is part of the graph. PyTorch moves its generator on with every replay.
 
-if not INTERPRET:
-    graphed = LSTM(F, H, recurrent_dropout=0.3).to(DEVICE)
-    plain = LSTM(F, H, recurrent_dropout=0.3).to(DEVICE)
-    plain.load_state_dict(graphed.state_dict())
-    x = torch.randn(T, B, F, device=DEVICE, requires_grad=True)
+if __name__ == "__main__" and not INTERPRET:
+    graphed = LSTM(4, 7, recurrent_dropout=0.3).to(DEVICE)
+    x = torch.randn(5, 3, 4, device=DEVICE, requires_grad=True)
     torch.cuda.make_graphed_callables(graphed, (torch.randn_like(x).requires_grad_(),))
 
     first, second = graphed(x)[0].clone(), graphed(x)[0].clone()
@@ -755,13 +790,14 @@ if not INTERPRET:
 # ---------------
 #
 # The size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, and more or fewer units than its
-# 1150. Forward and backward together. There are this module, recorded, with either implementation;
-# cuDNN's LSTM, which can't drop anything of its state; the plain loop with one mask; and as the
-# limit the matrix products alone, recorded, with nothing in between.
+# 1150. Forward and backward together. The lines are this module with implementation 2, cuDNN's
+# LSTM, which can drop nothing of its state, and the plain loop with one mask: each captured in a
+# CUDA graph (solid or dashed), and ours and cuDNN's also launched as usual (dotted). The limit is
+# the matrix products alone, captured, with nothing in between.
 #
-# In float32 mind the precision. cuDNN's LSTM rounds the inputs of its products to TF32 unless told
-# otherwise, and PyTorch's products do not unless told to. (TF32 drops 13 of the 23 fraction bits of
-# a float32, so that tensor cores take it.) In the figure all use TF32; the table has both.
+# In float32 mind the precision. cuDNN's LSTM rounds the inputs of its products to TF32 unless you
+# tell it otherwise, and PyTorch's products do not unless you tell them to. (TF32 keeps 10 of the 23
+# fraction bits of a float32, so that tensor cores can take it.) In the figure all use TF32.
 
 
 class Loop(LSTM):
@@ -804,23 +840,22 @@ def products_alone(n_units, dtype):
     return graph.replay
 
 
-def time_of(implementation, n_units, dtype, tf32=True):
+def time_of(line, n_units, dtype):
     """Milliseconds of a forward and a backward pass."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    name, *recorded = implementation.split(", ")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    name, *captured = line.split(", ")
     if name == "products":
         step = products_alone(n_units, dtype)
         return triton.testing.do_bench(step, return_mode="median")
     rates = {"dropout": 0.3, "recurrent_dropout": 0.3}
-    make = {
-        "1": lambda: LSTM(400, n_units, **rates, implementation=1),
-        "2": lambda: LSTM(400, n_units, **rates, implementation=2),
-        "cuDNN": lambda: torch.nn.LSTM(400, n_units, device=DEVICE, dtype=dtype),
+    module = {
+        "ours": lambda: LSTM(400, n_units, **rates),
+        "implementation 1": lambda: LSTM(400, n_units, **rates, implementation=1),
+        "cuDNN": lambda: torch.nn.LSTM(400, n_units),
         "loop": lambda: Loop(400, n_units, **rates),
-    }[name]
-    module = make().to(DEVICE, dtype)
+    }[name]().to(DEVICE, dtype)
     x = torch.randn(70, 80, 400, device=DEVICE, dtype=dtype, requires_grad=True)
-    if recorded:
+    if captured:
         torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
     gradient = torch.randn(70, 80, n_units, device=DEVICE, dtype=dtype)
     inputs = [x, *module.parameters()]
@@ -832,101 +867,66 @@ def time_of(implementation, n_units, dtype, tf32=True):
 
 
 LINES = {
-    "1, recorded": ("fused, implementation 1, recorded", "#d55e00", "-"),
-    "2, recorded": ("fused, implementation 2, recorded", "#d55e00", "--"),
-    "2": ("fused, implementation 2", "#d55e00", ":"),
-    "cuDNN": ("cuDNN, no recurrent dropout", "#0072b2", "-"),
-    "loop": ("plain loop", "#cc79a7", "-"),
-    "loop, recorded": ("plain loop, recorded", "#cc79a7", "--"),
-    "products": ("matrix products alone", "#555555", "--"),
+    "ours, captured": ("fused, captured", "#d55e00", "-"),
+    "implementation 1, captured": ("fused, implementation 1, captured", "#d55e00", "--"),
+    "ours": ("fused", "#d55e00", ":"),
+    "cuDNN, captured": ("cuDNN, no recurrent dropout, captured", "#0072b2", "-"),
+    "cuDNN": ("cuDNN, no recurrent dropout", "#0072b2", ":"),
+    "loop, captured": ("plain loop, captured", "#cc79a7", "-"),
+    "products": ("matrix products alone, captured", "#555555", "--"),
 }
 
 
 @triton.testing.perf_report(
     [
         triton.testing.Benchmark(
-            x_names=["n_units"],
-            x_vals=[256, 512, 768, 1150, 1536, 2048],
-            line_arg="implementation",
-            line_vals=list(LINES),
+            x_names=["n_units"], x_vals=[256, 512, 1024, 1150, 1152, 2048],
+            line_arg="line", line_vals=list(LINES),
             line_names=[name for name, *_ in LINES.values()],
             styles=[style for _, *style in LINES.values()],
-            xlabel=f"units, {dtype}\n{MACHINE}",
-            y_log=True,
-            ylabel="ms",
-            plot_name=f"fused-lstm-{dtype}",
-            args={"dtype": getattr(torch, dtype)},
+            xlabel=f"units, {dtype}\n{MACHINE}", y_log=True, ylabel="ms",
+            plot_name=f"fused-lstm-{dtype}", args={"dtype": getattr(torch, dtype)},
         )
         for dtype in ("float32", "bfloat16")
     ]
-)
-def benchmark(implementation, n_units, dtype):
-    return time_of(implementation, n_units, dtype)
+)  # fmt: skip
+def benchmark(line, n_units, dtype):
+    return time_of(line, n_units, dtype)
 
-
-if INTERPRET:
-    print("No figures: speed is measured on a GPU only, and this run had none.")
-elif __name__ == "__main__":
-    benchmark.run(show_plots=True)
-    rows = []
-    for name, dtype, tf32 in [
-        ("float32", torch.float32, False),
-        ("TF32", torch.float32, True),
-        ("bfloat16", torch.bfloat16, True),
-    ]:
-        times = [time_of(implementation, 1150, dtype, tf32) for implementation in LINES]
-        rows.append([name, *times])
-        print(
-            f"{name}: implementation 1 takes {times[0] / times[3]:.2f} times as long as cuDNN,\n"
-            f"which drops nothing, and is {times[4] / times[0]:.1f} times as fast as the loop."
-        )
-    columns = ["1150 units, ms:", *(name for name, *_ in LINES.values())]
-    print(tabulate(zip(columns, *rows, strict=True), "firstrow", floatfmt=".2f"))
-
-# %%
-# Compare the solid orange line with the solid blue one: the fused loop *with* recurrent dropout,
-# and cuDNN's LSTM without. Mind that cuDNN's is called as usual, not recorded: where its line is
-# flat, it most likely shows the CPU's time. (In bfloat16 PyTorch also copies its weights together at
-# each call, and warns of it.) Launched from Python, the fused loop (dotted) is slower than cuDNN;
-# the graph is what puts it ahead.
-#
-# Then compare it with the dashed grey line: the difference is what the kernels between the products
-# cost. Implementation 1 makes four products in the place of one, with the same arithmetic. Whether
-# that takes longer depends on the kernels that the library picks for them.
-#
-# The dotted line is implementation 2, launched from Python step by step. Its distance to the dashed
-# orange line is time in which the GPU waits for the CPU. The plain loop in pink is bound by the CPU,
-# too: its time hardly depends on units or dtype, and wavers from run to run. Recorded, dashed, it is
-# faster, but every small operator still reads and writes its tensors.
-#
-# Nothing is kept for the masks
-# -----------------------------
-#
-# What does a training step hold between forward and backward? Compare rates of 0 and of 0.3, by
-# the allocator's count.
 
 if __name__ == "__main__" and not INTERPRET:
-    for name, make in [
-        ("fused, implementation 1", partial(LSTM, implementation=1)),
-        ("fused, implementation 2", partial(LSTM, implementation=2)),
-        ("plain loop", Loop),
-    ]:
-        held = []
-        for p in (0.0, 0.3):
-            module = make(400, 1150, dropout=p, recurrent_dropout=p).to(DEVICE)
-            x = torch.randn(70, 80, 400, device=DEVICE, requires_grad=True)
-            module(x)
-            gc.collect()
-            before = torch.cuda.memory_allocated()
-            y = module(x)
-            held.append((torch.cuda.memory_allocated() - before) / 2**20)
-            del y
-        print(f"{name}, MiB: {held[0]:.1f} at a rate of 0, {held[1]:.1f} at 0.3")
+    from tabulate import tabulate
+
+    for dtype, times in zip(
+        ("TF32", "bfloat16"), benchmark.run(show_plots=True, return_df=True), strict=True
+    ):
+        n_units, ours, _, called, cudnn, cudnn_called, loop, products = times.T.values
+        rows = [
+            n_units, ours / cudnn, called / cudnn_called, ours / loop, ours / products,
+        ]  # fmt: skip
+        headers = [
+            "units",
+            "cuDNN's, captured",
+            "cuDNN's, called",
+            "the loop's, captured",
+        ]
+        headers += ["the products'"]
+        print(f"{dtype}: our time as a multiple of")
+        layout = {"floatfmt": ("", ".2f", ".2f", ".2f", ".2f")}
+        print(tabulate(zip(*rows, strict=True), headers, **layout), "\n")
 
 # %%
-# The masked inputs of the first product are kept, G times the input, with or without dropout;
-# masks are not. (The plain loop's number doesn't change either, since it keeps ones at a rate of 0.
-# And a mask that holds for all steps is small in any case.)
+# The first two columns compare the fused loop *with* recurrent dropout with cuDNN without, once both
+# captured and once both called from Python. Look at the called ones first: there cuDNN is far
+# ahead, because it launches once for the whole sequence, and we launch twice a step from Python.
+# Captured, neither waits for the CPU. Then the two are about level where the units are a multiple
+# of 128. At 1150 units cuDNN is slow: its rows then begin at no multiple of 16 bytes, and ours do
+# because the module adds units that stay 0. So don't take 1150 for the rule.
+#
+# The last column is the price of everything between the products. Implementation 1 makes four
+# products in the place of one, with the same arithmetic. Whether that takes longer depends on the
+# kernels that the library picks for them. The captured plain loop still runs a dozen small
+# operators a step, each of which reads and writes its tensors.
 #
 # Exercises
 # ---------
@@ -962,10 +962,10 @@ if __name__ == "__main__" and not INTERPRET:
 #          -    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
 #          +    row = (t + 1) * n_sequences + sequence
 #          +    words = tl.randint4x(tl.load(seed_ptr), (row << 32) | unit)
-#          @@ in lstm_steps_backward
-#          -    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+#          @@ in launch_steps_backward
+#          -    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
 #          +    states = h[:-1].view(1, 1, -1, n_units).expand(G, -1, -1, -1)
-#          +    masked = gate_dropout(states, p, seed)[:, 0]
+#          +    masked = launch_gate_dropout(states, p, seed)[:, 0]
 #
 #    3. Where g is used, it is masked, in the forward kernel once, in the backward kernel twice;
 #       where h was masked, it no longer is. With implementation 2, ``recurrent_dropout`` is now
@@ -994,15 +994,15 @@ if __name__ == "__main__" and not INTERPRET:
 #          @@
 #          -    tl.store(d_gate + 2 * n_units, dc * i * (1 - g * g), mask=inside)
 #          +    tl.store(d_gate + 2 * n_units, dc * factor * i * (1 - g * g), mask=inside)
-#          @@ in lstm_steps
-#          -    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
-#          +    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), 0.0, seed)[:, 0]
-#          @@ in lstm_steps_backward
-#          -    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
-#          +    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), 0.0, seed).flatten(1, 2)
+#          @@ in launch_steps
+#          -    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+#          +    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), 0.0, seed)[:, 0]
+#          @@ in launch_steps_backward
+#          -    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+#          +    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), 0.0, seed).flatten(1, 2)
 #          @@
-#          -    dh0 = gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
-#          +    dh0 = gate_dropout(d_masked[:, None], 0.0, seed).sum(dim=0)[0] + dh[0]
+#          -    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
+#          +    dh0 = launch_gate_dropout(d_masked[:, None], 0.0, seed).sum(dim=0)[0] + dh[0]
 #
 #    4. The states of all units, batch × H numbers, since every column of the product needs all of
 #       them, and each program computes only its own. They pass through memory or L2, and the
