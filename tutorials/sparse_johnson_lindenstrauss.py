@@ -402,13 +402,13 @@ def checked(name, x, size, n_out, seed, density):
     if x.ndim != 2 or not 0 < x.shape[1] < 2**30:
         got = tuple(x.shape)
         raise ValueError(f"{name} must be a matrix of 1 to 2^30 - 1 columns, got {got}")
-    for argument, value, kind, low, high in (
-        (size, n_out, numbers.Integral, 1, 2**30 - 1),
-        ("seed", seed, numbers.Integral, -(2**63), 2**64 - 1),
-        ("density", density, numbers.Real, 2**-32, 1),
+    for argument, value, wanted, kind, low, high in (
+        (size, n_out, "an integer", numbers.Integral, 1, 2**30 - 1),
+        ("seed", seed, "an integer", numbers.Integral, -(2**63), 2**64 - 1),
+        ("density", density, "a number", numbers.Real, 2**-32, 1),
     ):
         if not isinstance(value, kind):
-            raise TypeError(f"{argument} must be {kind.__name__}, got {value!r}")
+            raise TypeError(f"{argument} must be {wanted}, got {value!r}")
         if not low <= value <= high:
             raise ValueError(f"{argument} must be from {low} to {high}, got {value}")
     seed = int(seed) - 2**64 if seed >= 2**63 else int(seed)  # operators take int64
