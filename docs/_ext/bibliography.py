@@ -18,10 +18,16 @@ class Bibliography(SphinxDirective):
         return [bibliography()]
 
 
+def outside(node):
+    return isinstance(node, nodes.reference) and "refuri" in node
+
+
 def references(doctree):
     for section in doctree.findall(nodes.section):
         if section[0].astext() == "References":
-            yield from section.findall(nodes.list_item)
+            for item in section.findall(nodes.list_item):
+                if any(item.findall(outside)):
+                    yield next(item.findall(nodes.paragraph))
 
 
 def family_name(entry):
@@ -35,9 +41,9 @@ def fill(app, doctree, docname):
         entries, lessons = {}, {}
         folder = app.config.sphinx_gallery_conf["gallery_dirs"]
         for lesson in app.env.toctree_includes[f"{folder}/index"]:
-            for item in references(app.env.get_doctree(lesson)):
-                link = next(item.findall(nodes.reference))["refuri"]
-                entries.setdefault(link, item[0])
+            for entry in references(app.env.get_doctree(lesson)):
+                link = next(entry.findall(outside))["refuri"]
+                entries.setdefault(link, entry)
                 lessons.setdefault(link, []).append(lesson)
         listed = nodes.bullet_list(classes=["bibliography"])
         for link in sorted(entries, key=lambda link: family_name(entries[link])):
