@@ -716,7 +716,7 @@ def test_forward_mode_and_second_derivatives_are_errors(randn):
         lstm(torch.autograd.forward_ad.make_dual(x, x))
     x = x.requires_grad_()
     (first,) = torch.autograd.grad(lstm(x)[0].sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="LSTM has no second derivatives"):
         torch.autograd.grad(first.sum(), x)
 
 
@@ -738,7 +738,7 @@ def test_states_of_another_kind_are_refused(randn):
     ]:
         with pytest.raises(error, match=message):
             lstm(x, hx)
-    with pytest.raises(TypeError, match="as the weights, got torch.float64"):
+    with pytest.raises(TypeError, match="as the weights, got torch"):
         lstm(x.double())
 
 
