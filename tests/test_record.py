@@ -300,7 +300,7 @@ def test_of_times_the_shorter_is_the_better():
     table = pd.DataFrame(values, index=[1024, 2**28])
     stand = schema.standing(table, benchmark)
     assert stand.loc[2**28].tolist() == [0.5, "copy", 1.5, "F.dropout"]
-    title = "ours: 50 % of copy, 1.50 times F.dropout"
+    title = "ours: 50% of “copy”, 1.50 times “F.dropout”"
     assert draw.message(benchmark, table) == title
 
 
