@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import benchmarks.show
 import bibliography
@@ -12,6 +13,7 @@ import large_figures
 import mathml
 import notebooks
 import pytest
+import reading
 from docutils import nodes
 
 TITLES = {"fused softmax": ("tutorials/fused_softmax", "Fused softmax")}
@@ -210,3 +212,12 @@ def test_the_figure_of_a_benchmark_is_signed_titled_and_its_lines_named():
     assert axis.get_xlabel() == "elements" and axis.get_legend() is None
     assert {"ours", "copy"} < {text.get_text() for text in axis.texts}
     plt.close("all")
+
+
+def test_a_lesson_s_words_lose_their_markup():
+    found = [SimpleNamespace(label="fused softmax", title="Fused softmax")]
+    text = (
+        "As :ref:`fused softmax` and :math:`x`: ``tl.load`` of `Triton <https://a.b>`_."
+    )
+    plain = "As Fused softmax and x: tl.load of Triton."
+    assert reading.plain(text, found) == plain

@@ -10,7 +10,7 @@ import html
 import re
 
 from docutils import nodes
-from reading import lessons
+from reading import lessons, plain
 from sphinx import addnodes
 
 
@@ -72,9 +72,9 @@ def first_words(doctree, most=200):
 def describe(app, pagename, templatename, context, doctree):
     if doctree is None or 'name="description"' in context.get("metatags", ""):
         return
-    promises = {lesson.docname: lesson.promise for lesson in lessons(app)}
-    text = promises.get(pagename) or first_words(doctree)
-    text = html.escape(re.sub(r":\w+:`([^`]+)`|``?([^`]+)``?", r"\1\2", text))
+    found = lessons(app)
+    promises = {lesson.docname: plain(lesson.promise, found) for lesson in found}
+    text = html.escape(promises.get(pagename) or first_words(doctree))
     context["metatags"] = (
         context.get("metatags", "") + f'<meta name="description" content="{text}" />\n'
     )

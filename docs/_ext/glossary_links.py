@@ -37,7 +37,8 @@ def link(app, doctree, docname):
     word = pattern(entries, app.config.glossary_exceptions)
     linked = set()
     for paragraph in doctree.findall(nodes.paragraph):
-        if isinstance(paragraph.parent, nodes.Admonition):
+        small_print = "made" in paragraph["classes"]
+        if small_print or isinstance(paragraph.parent, nodes.Admonition):
             continue
         for text in list(paragraph.findall(nodes.Text)):
             ancestor = text.parent

@@ -12,7 +12,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from reading import lessons
+from reading import lessons, plain
 
 CELL = ".. GENERATED FROM PYTHON SOURCE LINES"
 ANSWERS = re.compile(
@@ -205,7 +205,8 @@ def write_texts(app, exception):
             part = lesson.part
             lines.append(f"\n## {part}\n")
         lines.append(
-            f"- [{lesson.title}]({address(app)}{lesson.docname}.md): {lesson.promise}"
+            f"- [{lesson.title}]({address(app)}{lesson.docname}.md): "
+            f"{plain(lesson.promise, found)}"
         )
     (Path(app.outdir) / "llms.txt").write_text("\n".join(lines) + "\n", "utf-8")
 
