@@ -31,10 +31,14 @@ extensions = [
     "benchmarks.show",
     "bibliography",
     "course",
+    "findable",
     "fold",
     "glossary_links",
+    "large_figures",
     "lesson_runs",
+    "made_below",
     "mathml",
+    "notebooks",
     "related",
     "support",
     "triton_functions",
@@ -81,6 +85,14 @@ sphinx_gallery_conf = {
 
 # The figure at the head of the site and of the README: a folder of docs/results, and a benchmark.
 recorded_headline = "nvidia-h100-80gb-hbm3", "softmax_tiles.softmax-tiles-bfloat16"
+
+# Words of the glossary mean something else in these.
+glossary_exceptions = [
+    "attention mask",
+    "block of H rows",
+    "blocks of H rows",
+    "in stages",
+]
 
 # A lesson that takes longer than so many seconds is ended, and fails the build.
 lesson_limit = 300

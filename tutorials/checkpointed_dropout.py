@@ -16,7 +16,7 @@ You will learn
 - which sources of random numbers replay and which do not, by trying each;
 - how to number masks, so that there is no state to restore.
 
-Needs: PyTorch, :ref:`seeded dropout` and :ref:`operators`.
+Needs: PyTorch, and :ref:`seeded dropout`.
 """
 
 # %%
@@ -206,9 +206,9 @@ if __name__ == "__main__":
         print(f"{name:30} replays: {yes[0]} (state preserved), {yes[1]} (not)")
 
 # %%
-# What PyTorch's own generators draw replays if their state is preserved, and only then. The states
-# of your own generator and of Python's ``random`` are never saved, and a counter has moved on when
-# the second run comes. A seed that is *passed in* is an argument like any other. ``checkpoint``
+# Numbers from PyTorch's own generators replay if their state is preserved, and only then. The states
+# of a generator of your own and of Python's ``random`` are never saved, and a counter has moved on
+# when the second run comes. A seed that is *passed in* is an argument like any other. ``checkpoint``
 # keeps it, so it always replays.
 #
 # Numbering the masks
@@ -479,9 +479,9 @@ if __name__ == "__main__" and not INTERPRET:
     print(f"seeded over F.dropout, state preserved: {times[2] / times[0]:.2f}")
 
 # %%
-# The second line is fast and wrong. The last line compares the other two. Above 1, launching from
-# Python costs the CPU more than saving and restoring the state; below 1, it costs less. As long as
-# the CPU stays ahead of the GPU, neither shows.
+# The second line is no choice, because its gradients are wrong. The last line compares the other
+# two. Above 1, the launch from Python costs the CPU more than saving and restoring the state, and
+# below 1 it costs less. As long as the CPU stays ahead of the GPU, neither shows.
 #
 # Exercises
 # ---------

@@ -1,6 +1,7 @@
 """The look of the figures that the lessons draw; those of the record follow it."""
 
 import os
+import re
 
 import numpy as np
 
@@ -59,6 +60,30 @@ def sign(figure, text):
     figure.text(0.9, -0.04, text, fontsize="x-small", color="#555555", ha="right")
 
 
+def message(axis):
+    """What a benchmark's figure shows, in the words in which those on record say it."""
+    import pandas as pd
+    from benchmarks import draw, schema
+    from matplotlib.colors import to_hex
+
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    looks = {
+        name: [to_hex(line.get_color()), line.get_linestyle()]
+        for name, line in lines.items()
+    }
+    columns = {
+        name: pd.Series(line.get_ydata(), line.get_xdata())
+        for name, line in lines.items()
+    }
+    benchmark = schema.Benchmark(
+        xlabel=axis.get_xlabel(), unit=axis.get_ylabel(), x_log=False, y_log=False,
+        lines=schema.roles(looks), commit=COMMIT, date="",
+    )  # fmt: skip
+    text = draw.message(benchmark, pd.DataFrame(columns, dtype=float))
+    # Sphinx-Gallery makes a text alternative of it, and puts that into HTML as it is.
+    return re.sub('"(.*?)"', r"‘\1’", text).translate(str.maketrans('"<>&', "”‹›+"))
+
+
 def sign_lesson(block, block_vars, gallery_conf):
     """A scraper that takes nothing, but signs with the lesson's ``MACHINE``, and names lines at their ends."""
     import matplotlib.pyplot as plt
@@ -71,5 +96,6 @@ def sign_lesson(block, block_vars, gallery_conf):
             if axis.get_legend() and not axis.get_title():
                 axis.get_legend().remove()
                 label_ends(axis)
+                axis.set_title(message(axis), loc="left", weight="bold")
         sign(figure, f"{machine}, commit {COMMIT}")
     return ""

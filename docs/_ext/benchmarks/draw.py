@@ -17,9 +17,9 @@ def message(benchmark, table):
         share, names = stand[key].dropna(), stand[f"{key} name"].dropna().unique()
         if share.empty:
             continue
-        name = names[0] if len(names) == 1 else all_of_them
+        name = f"“{names[0]}”" if len(names) == 1 else all_of_them
         if key == "limit":
-            parts.append(f"{span(100 * share, '.0f')} % of {name}")
+            parts.append(f"{span(100 * share, '.0f')}% of {name}")
         else:
             parts.append(f"{span(share, '.2f')} times {name}")
     kernel = benchmark.named("kernel")[0]
@@ -71,7 +71,7 @@ def draw(machine, name, path):
                 table.index, table[line], label=line, color=look.colour, ls=look.dashes
             )
         axis.set(xlabel=powers(benchmark.xlabel), ylabel=benchmark.unit)
-        axis.set_title(powers(message(benchmark, table)), loc="left", fontsize="medium")
+        axis.set_title(powers(message(benchmark, table)), loc="left", weight="bold")
         axis.set_xscale("log", base=2) if benchmark.x_log else None
         if benchmark.y_log:
             axis.set_yscale("log")

@@ -65,6 +65,7 @@ class Benchmark:
     function: str = ""  # records before it was kept
     name: str = field(default="", repr=False)  # LESSON.PLOTNAME, the key in the file
     path: Path | None = field(default=None, repr=False)
+    tables: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
         values = self.lines.values()
@@ -99,6 +100,12 @@ class Benchmark:
 
     def read(self, quantity=""):
         """The recorded values of each line (or their ``", spread"``) over x."""
+        key = self.path, quantity
+        if key not in self.tables:
+            self.tables[key] = self.read_file(quantity)
+        return self.tables[key]
+
+    def read_file(self, quantity):
         try:
             table = pd.read_csv(self.path, index_col=0)
             columns = [f"{line}{quantity} ({self.unit})" for line in self.lines]
@@ -156,7 +163,7 @@ class Machine:
         values = asdict(self)
         del values["folder"]
         for benchmark in values["benchmarks"].values():
-            del benchmark["name"], benchmark["path"]
+            del benchmark["name"], benchmark["path"], benchmark["tables"]
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "machine.json"
         new = path.with_suffix(".next")

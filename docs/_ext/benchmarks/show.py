@@ -13,10 +13,10 @@ from math import ceil, isfinite
 from pathlib import Path
 from textwrap import indent
 
-from course import lessons
 from docutils import nodes
 from docutils.parsers.rst import directives
 from lesson_runs import on_gpu
+from reading import lessons
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from tabulate import tabulate
 
@@ -27,9 +27,11 @@ AGREE = 0.1  # runs that differ by more than this share of their values prove no
 
 
 def machines(app):
-    """What is on record. The GPU of the headline comes first."""
-    first, _ = app.config.recorded_headline
-    return schema.machines(Path(app.srcdir) / "results", first)
+    """What is on record, read once a build. The GPU of the headline comes first."""
+    if not hasattr(app, "machines_on_record"):
+        first, _ = app.config.recorded_headline
+        app.machines_on_record = schema.machines(Path(app.srcdir) / "results", first)
+    return app.machines_on_record
 
 
 def drawn(app):
@@ -52,10 +54,10 @@ def draw_figures(app):
             draw.draw(machine, name, folder / machine.folder.name / f"{name}.svg")
 
 
-def tabs(env, content):
+def tabs(app, content):
     """A tab for each GPU on record that ``content(machine)`` is not empty for, as reStructuredText."""
     text = ""
-    for machine in machines(env):
+    for machine in machines(app):
         if rst := content(machine):
             item = f".. tab-item:: {machine.gpu}\n   :sync: {machine.folder.name}\n\n"
             text += indent(item + indent(rst, "   "), "   ") + "\n\n"
@@ -67,10 +69,10 @@ def plain(text):
     return re.sub(r"([*`|_\\])", r"\\\1", text)
 
 
-def grid(rows, headers):
-    """A table, as reStructuredText."""
+def grid(rows, headers, kind):
+    """A table of this class, as reStructuredText."""
     rst = tabulate([headers, *rows], "firstrow", tablefmt="rst", disable_numparse=True)
-    return f".. table::\n   :class: numbers\n\n{indent(rst, '   ')}\n"
+    return f".. table::\n   :class: {kind}\n\n{indent(rst, '   ')}\n"
 
 
 def figure(app, machine, name, caption):
@@ -95,7 +97,7 @@ def numbers(machine, name):
     title = f"Numbers, {benchmark.unit}"
     title += f", every {step}th row" if step > 1 else ""
     headers = [draw.powers(benchmark.xlabel.split(",")[0]), *benchmark.lines]
-    content = grid(rows, [plain(header) for header in headers])
+    content = grid(rows, [plain(header) for header in headers], "numbers")
     return f".. dropdown:: {title}\n\n{indent(content, '   ')}\n\n"
 
 
@@ -140,7 +142,7 @@ class Recorded(SphinxDirective):
 
     def run(self):
         names = self.arguments[0].split()
-        text = tabs(self.env, lambda machine: self.benchmarks(machine, names))
+        text = tabs(self.env.app, lambda machine: self.benchmarks(machine, names))
         if "folded" in self.options:
             title = "The same benchmark, as recorded on other machines"
             text = f".. dropdown:: {title}\n\n{indent(text, '   ')}"
@@ -165,7 +167,7 @@ class RecordedFigure(SphinxDirective):
     def run(self):
         _, name = self.config.recorded_headline
         name = self.arguments[0] if self.arguments else name
-        for machine in machines(self.env):
+        for machine in machines(self.env.app):
             if name in machine.benchmarks:
                 text = " ".join(self.content)
                 rst = figure(self.env.app, machine, name, text)
@@ -177,7 +179,7 @@ class Table(SphinxDirective):
     """A row for each benchmark that can be compared, in a tab for each GPU."""
 
     def run(self):
-        return self.parse_text_to_nodes(tabs(self.env, self.table))
+        return self.parse_text_to_nodes(tabs(self.env.app, self.table))
 
     def table(self, machine):
         rows = []
@@ -191,7 +193,9 @@ class Table(SphinxDirective):
             if stand is not None and (row := self.row(machine, benchmark, stand)):
                 link = f":ref:`{plain(benchmark.title)} <benchmark-{name}>`"
                 rows.append([link, benchmark.dtype or "–", *row])
-        return grid(rows, ["operation", "dtype", *self.headers]) if rows else ""
+        return (
+            grid(rows, ["operation", "dtype", *self.headers], "results") if rows else ""
+        )
 
 
 def at(benchmark, x):
@@ -252,7 +256,7 @@ class Number(SphinxRole):
 
     def run(self):
         name, *where = self.text.split("; ")
-        for machine in machines(self.env):
+        for machine in machines(self.env.app):
             if not where:
                 return self.shown(getattr(machine, name))
             if name in machine.benchmarks:
@@ -302,12 +306,38 @@ def show_recorded(app, docname, source):
             source[0] += sections(lesson, found)
 
 
+def cards(app):
+    """For each lesson with a record the picture that social media show, if the site has an address."""
+    found = {}
+    for machine in machines(app)[:1] if app.config.html_baseurl else ():
+        for name, benchmark in machine.benchmarks.items():
+            found.setdefault(benchmark.lesson, (machine, name))
+    return found
+
+
+def name_card(app, doctree):
+    lesson = app.env.docname.rpartition("/")[2]
+    if lesson in cards(app):
+        base = app.config.html_baseurl.rstrip("/")
+        app.env.metadata[app.env.docname]["og:image"] = (
+            f"{base}/_images/{lesson}_card.png"
+        )
+
+
+def draw_cards(app, exception):
+    if not exception and app.builder.format == "html":
+        for lesson, (machine, name) in cards(app).items():
+            draw.draw(machine, name, Path(app.outdir) / f"_images/{lesson}_card.png")
+
+
 def setup(app):
     # The folder of a GPU, and the benchmark, of the figure at the head of the site.
     app.add_config_value("recorded_headline", ("", ""), "env", (tuple, list))
     # Sphinx-Gallery runs the lessons with priority 500.
     app.connect("builder-inited", draw_figures, priority=950)
     app.connect("source-read", show_recorded)
+    app.connect("doctree-read", name_card)
+    app.connect("build-finished", draw_cards)
     app.add_directive("recorded", Recorded)
     app.add_directive("recorded-figure", RecordedFigure)
     app.add_directive("recorded-results", Results)
