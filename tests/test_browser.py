@@ -173,7 +173,8 @@ def test_search_finds_a_benchmark_by_its_words(page):
 
 def test_what_was_found_can_be_read_in_the_dark(page):
     page.emulate_media(color_scheme="dark")
-    page.goto("glossary.html?highlight=warp")
+    page.goto("search.html?q=warp")
+    page.locator("ul.search li a").first.click()
     page.wait_for_selector("span.highlighted")
     assert not serious_faults(page, runOnly=["color-contrast"])
 
@@ -226,13 +227,13 @@ def test_paper_holds_the_whole_page(visit, tmp_path):
     if visit.name in ("search.html", "genindex.html"):
         pytest.skip("nobody prints it")
     visit.page.pdf(path=tmp_path / "page.pdf", format="A4")
-    text = subprocess.check_output([PDFTOTEXT, tmp_path / "page.pdf", "-"], text=True)
-    printed = "".join(re.findall(r"\w", text))
+    printed = subprocess.check_output([PDFTOTEXT, tmp_path / "page.pdf", "-"], text=True)
     article = visit.page.locator("main article")
-    words = "".join(re.findall(r"\w", article.inner_text()))
-    assert words[-40:] in printed
+    lost = [word for word in article.inner_text().split()[-10:] if word not in printed]
+    assert not lost
     for answers in article.locator("details ol").all():  # they are unfolded
-        last = "".join(re.findall(r"\w", answers.text_content()))[-12:]
+        text = "e => { e.querySelectorAll('button').forEach(b => b.remove()); return e.textContent }"
+        last = answers.evaluate(text).split()[-1]
         assert last in printed
 
 
@@ -273,6 +274,8 @@ def test_the_header_is_one_line(page):
         page.set_viewport_size({"width": width, "height": 800})
         page.goto("index.html")
         assert page.locator("header.bd-header").bounding_box()["height"] < 90
+        links = page.locator(".bd-header .navbar-nav > li:visible").all()
+        assert len({link.bounding_box()["y"] for link in links}) == 1
 
 
 def test_a_dark_system_without_javascript_shows_a_light_page(browser, url):
@@ -291,7 +294,7 @@ def test_the_first_screen_says_what_this_is_and_where_to_begin(page):
     page.set_viewport_size({"width": 1280, "height": 800})
     page.goto("index.html")
     (begin, look) = page.locator("article .sd-btn").all()
-    assert begin.get_attribute("href") == "tutorials/fused_softmax.html"
+    assert begin.get_attribute("href").startswith("tutorials/fused_softmax.html")
     assert look.get_attribute("href") == "benchmarks.html"
     assert begin.bounding_box()["y"] == look.bounding_box()["y"] < 600
     figure = page.locator("article figure img")

@@ -221,3 +221,10 @@ def test_a_lesson_s_words_lose_their_markup():
     )
     plain = "As Fused softmax and x: tl.load of Triton."
     assert reading.plain(text, found) == plain
+
+
+def test_sizes_can_be_found_and_years_can_not():
+    text = "50257 columns, 12160, in 2019; 2.71828, x1234, 1e1000 and 123."
+    section = nodes.section("", nodes.title(text="T"), nodes.paragraph(text=text))
+    section += nodes.section("", nodes.paragraph(text="65536"))
+    assert list(findable.numbers(section)) == ["50257", "12160"]

@@ -1,8 +1,8 @@
 """What a search leads to first, and what a page says of itself to those who link to it.
 
-The names of a lesson's public functions, its label and the recorded benchmarks become entries of the
-index, which a search shows before the places where a word merely occurs. Each page gets a
-description: a lesson's promise, or its first paragraph.
+The names of a lesson's public functions, its label, sizes that it names and the recorded benchmarks
+become entries of the index, which a search shows before the places where a word merely occurs. Each
+page gets a description: a lesson's promise, or its first paragraph.
 """
 
 import ast
@@ -36,6 +36,16 @@ def index(section, names, main=""):
         section.insert(1, addnodes.index(entries=entries))
 
 
+def numbers(section):
+    """Sizes that the text of a section names. A search passes over words that are numbers."""
+    text = " ".join(
+        part.astext() for part in section.children if not isinstance(part, nodes.section)
+    )
+    return dict.fromkeys(
+        re.findall(r"(?<![\w.])(?!(?:19|20)\d\d\b)\d{4,7}(?![\w.]\d)\b", text)
+    )
+
+
 def add_names(app, doctree):
     here = app.env.docname
     for lesson in lessons(app):
@@ -46,6 +56,8 @@ def add_names(app, doctree):
                 names = [name for block in code for name in public(block.astext())]
                 late = section[0].astext() == "As a public function"
                 index(section, dict.fromkeys(names), "main" if late else "")
+                if section[0].astext() != "References":
+                    index(section, numbers(section))
     if here == "benchmarks":
         for section in list(doctree.findall(nodes.section)):
             title = section[0].astext()
