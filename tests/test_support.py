@@ -84,8 +84,8 @@ def test_what_failed_or_changed_is_run_again(scripted, monkeypatch):
 
 def test_a_lesson_that_does_not_exist_is_a_sentence(scripted, monkeypatch, tmp_path):
     (tmp_path / "versions.json").write_text("{}")
-    message, _ = scripted(passes, "3.9.0", "fisrt")
-    assert message == "there is no lesson fisrt, only first, second, solutions"
+    message, _ = scripted(passes, "3.9.0", "mistyped")
+    assert message == "there is no lesson mistyped, only first, second, solutions"
 
 
 def test_outcome_of_a_run(tmp_path):
