@@ -936,9 +936,10 @@ if __name__ == "__main__" and not INTERPRET:
 # The first two columns compare the fused loop *with* recurrent dropout with cuDNN without, once both
 # captured and once both called from Python. Look at the called ones first: there cuDNN is far
 # ahead, because it launches once for the whole sequence, and we launch twice a step from Python.
-# Captured, neither waits for the CPU. Then the two are about level where the units are a multiple
-# of 128. At 1150 units cuDNN is slow: its rows then begin at no multiple of 16 bytes, and ours do
-# because the module adds units that stay 0. So don't take 1150 for the rule.
+# Captured, neither waits for the CPU. On an H100, where the units are a multiple of 128, cuDNN is
+# then somewhat faster in bfloat16, and we are in TF32. At 1150 units cuDNN is slow: its rows then
+# begin at no multiple of 16 bytes. Ours do, because the module adds units that stay 0. So don't take
+# 1150 for the rule.
 #
 # The last column is the price of everything between the products. Implementation 1 makes four
 # products in the place of one, with the same arithmetic. Whether that takes longer depends on the
