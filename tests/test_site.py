@@ -270,7 +270,7 @@ def test_solutions_in_a_notebook_are_markdown_with_code():
     prose = "\n".join(cell.source for cell in notebook("matrix_dropout").cells)
     answers = prose[prose.index("Try it first.") :]
     assert "```python\ndef column_dropout(x, p, seeds):\n    return" in answers
-    assert "```diff\n@@ in matrix_dropout_kernel\n     x_row_stride,\n+ " in answers
+    assert "```diff\n@@ in matrix_dropout_kernel\n" in answers
 
 
 @pytest.mark.parametrize(

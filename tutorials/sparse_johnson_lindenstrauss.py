@@ -66,8 +66,8 @@ if __name__ == "__main__":
 # accurate as a matrix without zeros.
 #
 # Now count. With a million features (2^20) and 4096 components, R has 2^32 entries, which are
-# 8.6 GB in bfloat16. They have to be read for each product, however few vectors you project; 64
-# vectors have only 0.13 GB. A kernel that draws R reads none of it.
+# two bytes each in bfloat16. They have to be read for each product, however few vectors you
+# project; 64 vectors are a small share of that. A kernel that draws R reads none of it.
 #
 # .. image:: /_static/computed_matrix.svg
 #    :alt: Seed, feature and component enter Philox; sixteen of its 128 bits make one entry: a sign, and fifteen bits to compare with the density. A drawn tile is multiplied by a tile of x.

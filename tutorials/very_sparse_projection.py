@@ -1,8 +1,8 @@
 """
 .. _very sparse projection:
 
-One in a thousand: from nonzero to nonzero
-==========================================
+From one nonzero entry to the next
+==================================
 
 You multiply by a random matrix of which one entry in a thousand is not zero, and your kernel draws
 only those: it jumps from each nonzero entry to the next. The kernel of
