@@ -65,7 +65,7 @@ if __name__ == "__main__":
 # y is on average that of x. We take a density of 1/3, which Achlioptas showed in 2003 to be as
 # accurate as a matrix without zeros.
 #
-# Now count. With a million features (2^20) and 4096 components, R has 2^32 entries, which are
+# Now count. With a million features (2^20) and 4096 components, R has 2^32 entries of
 # two bytes each in bfloat16. They have to be read for each product, however few vectors you
 # project; 64 vectors are a small share of that. A kernel that draws R reads none of it.
 #
