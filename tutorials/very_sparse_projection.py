@@ -275,7 +275,7 @@ if __name__ == "__main__":
 # -----------
 #
 # The other way is to store the nonzero entries, row after row, with their columns. This format is
-# called CSR. At 1/1024 it takes 2^22 × (2 + 8) bytes, 42 MB, for which there is room. It multiplies
+# called CSR. At 1/1024 it takes 2^22 × (2 + 8) bytes, for which there is room. It multiplies
 # x transposed as a view, or copied first, as in our kernel, inside the timer. All lines are for the
 # density 1/1024. The limit is the time in which a copy moves as many bytes as x has.
 
