@@ -330,9 +330,10 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # For one and for four vectors the stored CSR is far ahead: each load of the kernel has room for 64
 # vectors, and most of it stays empty. 16 vectors take it less time than one, because a thread loads
-# eight neighbours at once if their number is a multiple of 16. There the kernel is ahead of CSR, and
-# for hundreds of vectors it is behind again. So speed is seldom a reason to draw this matrix. What
-# you save is to make the CSR, to keep it and to send it to others: they need a seed.
+# eight neighbours at once if their number is a multiple of 16. From there on the kernel is ahead, on
+# an H100, in this comparison: both copy x into transposed order inside the timer. It does not show
+# what happens if your x already lies in that order, so that CSR needs no copy. You also save making
+# the CSR, keeping it and sending it to others: they need a seed.
 #
 # The two products need room for the transposed copy of x and for sums in float32. The one with the
 # transpose takes longer, because atomics read and write memory where the other product only reads.
