@@ -531,3 +531,10 @@ def test_more_than_2_to_the_32_elements():
         words = [w for c in counters for w in philox((c % 2**32, c >> 32, 9, 0), (7, 0))]
         expected = torch.tensor(words) >= 2**31
         assert torch.equal((y[first : first + 400] != 0).cpu(), expected)
+
+
+def test_a_gradient_pulled_back_by_torch_func(randn):
+    x, seed = randn(4, 6), seed_of(7)
+    _, pull_back = torch.func.vjp(lambda x: replayed_dropout(x, 0.5, seed, 5), x)
+    ones = torch.ones_like(x)
+    assert torch.equal(pull_back(ones)[0], replayed_dropout(ones, 0.5, seed, 5))

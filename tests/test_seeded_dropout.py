@@ -479,3 +479,11 @@ def test_memory_that_is_held_between_forward_and_backward():
     for _ in range(5):
         y = seeded_dropout4x(y, 0.1, 7)
     assert torch.cuda.memory_allocated() - before == y.nbytes
+
+
+def test_the_function_without_a_gradient_refuses_forward_mode(randn):
+    x = randn(5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(ValueError, match="requires a gradient"):
+            seeded_dropout(dual, 0.5, 7)

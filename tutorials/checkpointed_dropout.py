@@ -295,7 +295,9 @@ class ReplayedDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return apply(gradient, ctx.p, *ctx.saved_tensors, ctx.number), None, None, None
+        # Not the apply from below: torch.func may have wrapped the seed.
+        arguments = gradient, ctx.p, *ctx.saved_tensors, ctx.number
+        return ReplayedDropout.apply(*arguments), None, None, None
 
 
 quick_apply = super(torch.autograd.Function, ReplayedDropout).apply

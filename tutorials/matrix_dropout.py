@@ -358,7 +358,8 @@ class MatrixDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        return apply(gradient, ctx.p, *ctx.saved_tensors), None, None
+        # Not the apply from below: torch.func may have wrapped the seeds.
+        return MatrixDropout.apply(gradient, ctx.p, *ctx.saved_tensors), None, None
 
 
 quick_apply = super(torch.autograd.Function, MatrixDropout).apply
