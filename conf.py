@@ -86,7 +86,12 @@ sphinx_gallery_conf = {
 recorded_headline = "nvidia-h100-80gb-hbm3", "softmax_tiles.softmax-tiles-bfloat16"
 
 # Words of the glossary mean something else in these.
-glossary_exceptions = ["attention mask", "block of H rows", "blocks of H rows", "in stages"]
+glossary_exceptions = [
+    "attention mask",
+    "block of H rows",
+    "blocks of H rows",
+    "in stages",
+]
 
 # A lesson that takes longer than so many seconds fails the build.
 lesson_limit = 300
