@@ -86,14 +86,16 @@ def outputs(page, folder):
 
 
 def with_outputs(notebook, page, folder):
-    """The notebook as if it had been run here. Its first cell, which installs, was not."""
+    """The notebook as if it had been run here, or None if the page has other cells of code.
+
+    Its first cell, which installs, was not run.
+    """
     result = json.loads(json.dumps(notebook))
-    cells = [cell for cell in result["cells"] if cell["cell_type"] == "code"][1:]
-    found = list(outputs(page, folder))
+    cells = [cell for cell in result["cells"] if cell["cell_type"] == "code"]
+    installs = "".join(cells[0]["source"]).startswith("%pip") if cells else False
+    cells, found = cells[installs:], list(outputs(page, folder))
     if len(cells) != len(found):
-        raise ValueError(
-            f"the page has {len(found)} cells of code, the notebook {len(cells)}"
-        )
+        return None
     for number, (cell, output) in enumerate(zip(cells, found, strict=True), 1):
         cell["outputs"], cell["execution_count"] = output, number
     return result
@@ -106,7 +108,7 @@ def source(cell):
 def markdown(notebook):
     """A notebook with outputs as one text."""
     parts = []
-    for cell in notebook["cells"][1:]:
+    for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             text = re.sub(
                 r'<img src="data:[^"]*"(?: alt="([^"]*)")?[^>]*>',
@@ -115,9 +117,11 @@ def markdown(notebook):
             )
             parts.append(text)
             continue
+        if source(cell).startswith("%pip"):
+            continue
         if source(cell):
             parts.append(f"```python\n{source(cell)}\n```")
-        for output in cell["outputs"]:
+        for output in cell.get("outputs", ()):
             if output["output_type"] == "stream":
                 parts.append(f"```text\n{output['text'].rstrip()}\n```")
             else:
@@ -153,8 +157,8 @@ def improve(app):
             bundle.write(script, script.name)
             bundle.write(path, path.name)
         page = path.with_suffix(".rst").read_text(encoding="utf-8")
-        notebook = with_outputs(notebook, page, Path(app.srcdir))
-        write(path.with_name(f"{lesson.name}{OUTPUTS}.ipynb"), notebook)
+        run = with_outputs(notebook, page, Path(app.srcdir))
+        write(path.with_name(f"{lesson.name}{OUTPUTS}.ipynb"), run or notebook)
 
 
 def offer(app, docname, source):

@@ -72,11 +72,14 @@ class Watch:
         if self.nvml is None:
             return {}
         nvml, handle = self.nvml, self.handle
-        reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
-        values = (
-            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-            nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-            nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-            "; ".join(text for bit, text in THROTTLES.items() if reasons & bit),
-        )
+        try:
+            reasons = nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+            values = (
+                nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+                nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+                nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+                "; ".join(text for bit, text in THROTTLES.items() if reasons & bit),
+            )
+        except Exception:  # a driver or a package that does not tell
+            return {}
         return dict(zip(FACTS, values, strict=True))
