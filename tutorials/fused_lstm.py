@@ -461,11 +461,10 @@ def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
 
 class LSTMStepsBackward(torch.autograd.Function):
     @staticmethod
-    def forward(*arguments):
+    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
         compiling = torch.compiler.is_compiling()
-        return (lstm_steps_backward_op if compiling else launch_steps_backward)(
-            *arguments
-        )
+        run = lstm_steps_backward_op if compiling else launch_steps_backward
+        return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
