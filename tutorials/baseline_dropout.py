@@ -259,10 +259,9 @@ if __name__ == "__main__" and not INTERPRET:
 # a line is well below 100%, that operator spends time on something other than moving bytes.
 # Counting does not tell you on what; :ref:`inside a kernel` shows how to look further.
 #
-# For small tensors the count explains nothing. At the smallest size each version takes some
-# microseconds, although so few bytes would move in a small part of one. This is the time that it
-# takes to start a kernel and to end it. The two operators take about twice as long as the copy,
-# because they are two kernels.
+# For small tensors the count explains nothing. At the smallest size the bytes would take a small
+# part of a microsecond, but each version takes several. That is the time for starting a kernel and
+# ending it. The two operators take about twice as long as the copy, because they are two kernels.
 #
 # Besides, somebody had to draw the mask and write it to memory. This figure does not count that.
 #
@@ -277,7 +276,7 @@ if __name__ == "__main__":
 
 # %%
 # Activation checkpointing runs parts of the forward pass a second time, to save memory. If dropout
-# then draws another mask, the gradients are wrong, and nothing complains. That is why
+# then draws another mask, the gradients are wrong, and there is no error. That is why
 # ``torch.utils.checkpoint`` saves the generator's state each time, and puts it back. The lesson
 # :ref:`checkpointed dropout` shows the failure, and a dropout that cannot fail in this way.
 #

@@ -325,7 +325,9 @@ if __name__ == "__main__" and not INTERPRET:
 # On an H100, rows are about as fast as the copy in both dtypes, and so are columns in float32. In
 # bfloat16 columns are slower, although the bytes and the words are the same. The count does not
 # explain that. Odd columns cost more. Their groups of four places don't begin at multiples of 16
-# bytes in memory, so each element is loaded by itself, and in bfloat16 ``F.dropout`` is faster.
+# bytes in memory, so each element is loaded by itself, and in bfloat16 ``F.dropout`` is faster. On
+# the left, the lines of our kernel are low and jump from size to size. This launch does more in
+# Python than those of other lessons, and the CPU does not always stay ahead of the GPU.
 #
 # As a public function
 # --------------------

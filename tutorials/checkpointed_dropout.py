@@ -92,7 +92,7 @@ if __name__ == "__main__":
 # -----------------------
 #
 # Compare the values instead. This function runs yours under ``checkpoint``, makes the backward pass
-# ask for the second run, and compares the two outputs. Take it into your own tests.
+# ask for the second run, and compares the two outputs. Use it in your own tests.
 
 
 def replays(function, *inputs, **options):
@@ -273,8 +273,8 @@ def checkpointed(function, *inputs, masks, **options):
 # --------------------
 #
 # The gradient and the operator are made as in :ref:`seeded dropout`. ``SeededDropout`` is the
-# module to use. Its ``forward`` has a second argument, the masks, so Python itself complains if you
-# forget them. ``Seeds`` hands them out, with another seed for each pass.
+# module to use. Its ``forward`` has a second argument, the masks, so Python itself raises an error
+# if you forget them. ``Seeds`` hands them out, with another seed for each pass.
 
 import numbers
 

@@ -297,8 +297,8 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # "Eager" is the naive version as PyTorch runs it, one operator after another. It moves :math:`8MN`
-# elements instead of :math:`2MN`, so the count predicts a quarter of the copy's speed. On an H100
-# it is a little less on the right, so the count explains nearly all of its time. TorchScript fuses
+# elements instead of :math:`2MN`, so the count predicts a quarter of the copy's speed. On an H100,
+# wide rows reach a little less than that, so the count explains most of the time. TorchScript fuses
 # some of the five operators, and is faster. The distance from our kernel up to the copy is all that
 # a better kernel could still gain. (A line can lie a little above the copy, which is a kernel like
 # others.)
@@ -423,7 +423,7 @@ def row_softmax(x):
 
 
 # %%
-# What comes of a row of nothing but ``-inf``? An attention mask that hides every key makes such
+# What happens to a row of nothing but ``-inf``? An attention mask that hides every key makes such
 # rows. Their maximum is ``-inf``, and ``-inf - -inf`` is NaN, here as in PyTorch:
 
 if __name__ == "__main__":

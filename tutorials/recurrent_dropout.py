@@ -65,8 +65,8 @@ if __name__ == "__main__":
 #    c_t = f \cdot c_{t-1} + i \cdot g, \qquad h_t = o \cdot \tanh c_t
 #
 # PyTorch calls W ``weight_ih`` and U ``weight_hh``. Each stacks the four gates' blocks of H rows,
-# in the order i, f, g, o. Dropout multiplies one of these tensors by a random mask of zeros and
-# ones. Its forms differ in which tensor that is, in who shares a decision (all time steps, all
+# in the order i, f, g, o. Dropout multiplies a tensor by a random mask of zeros and ones. Its forms
+# differ in which tensor of the network that is, in who shares a decision (all time steps, all
 # sequences of the batch, all gates), and in when a new mask is drawn.
 #
 # A mask with shared decisions is smaller than the tensor that it multiplies, and its shape says who
@@ -100,9 +100,9 @@ if __name__ == "__main__":
 #
 # - **Gal and Ghahramani** derive theirs from Bayesian inference over the weights. If the weights of
 #   each gate are drawn separately (*untied*), each gate has a mask of its own.
-# - **Keras** has both of these under the name ``implementation``. Keras 3 always takes
-#   implementation 1 when ``recurrent_dropout`` is above 0. In Keras's cells a rate of exactly 1
-#   drops nothing, while the modules of this course then drop everything.
+# - **Keras** has the tied and the untied form under the name ``implementation``. Keras 3 always
+#   takes implementation 1 when ``recurrent_dropout`` is above 0. In Keras's cells a rate of exactly
+#   1 drops nothing, while the modules of this course then drop everything.
 # - **LockedDropout** acts on what goes into a layer and what comes out of it. Nothing inside the
 #   recurrence is dropped, so it works with the fast LSTM of cuDNN, NVIDIA's library behind
 #   ``torch.nn.LSTM``.
@@ -116,9 +116,9 @@ if __name__ == "__main__":
 #    :alt: Eleven masks for 4 steps, 3 sequences, 4 gates and 6 units. The naive mask differs in every step and sequence; Gal's and LockedDropout's repeat from step to step; the untied ones differ between gates; WeightDrop's has single entries of U, variational=True whole rows; embedding dropout has whole words; Semeniuta's mask is on g alone.
 #
 # The picture shows one mask of each form. The units run across, once for each gate, and the
-# sequences run downwards, once for each step. Where a pattern repeats, a decision is shared. A
-# layer of AWD-LSTM has 70 steps, 80 sequences and 1150 units. There a naive mask has 6.4 million
-# decisions, a locked one 92 thousand, and that of ``WeightDrop`` 5.3 million.
+# sequences run downwards, once for each step. Where a pattern repeats, a decision is shared.
+# AWD-LSTM is trained on 70 steps of 80 sequences, with 1150 units in a layer. There a naive mask
+# has 6.4 million decisions, a locked one 92 thousand, and that of ``WeightDrop`` 5.3 million.
 #
 # One kernel for all shapes
 # -------------------------
@@ -132,7 +132,7 @@ if __name__ == "__main__":
 # - embedding dropout on (V, F) is 1 × V × F.
 #
 # The kernel is that of :ref:`seeded dropout` with a tile of *decisions × width* in place of a block
-# of elements. **Whatever shares decision i is kept if word i mod 4 of Philox, with the seed as key
+# of elements. **Decision i is "keep" if word i mod 4 of Philox, with the seed as key
 # and the counter ⌊i / 4⌋, is at least p · 2³², rounded to an integer.** The programs of another
 # time step draw the same words again. That costs arithmetic, but no memory.
 #

@@ -266,8 +266,8 @@ def seeded_dropout4x_kernel(
 
 
 # %%
-# A threshold of 2³² would not fit into a word, so p = 1 never reaches the kernel, and neither does
-# p = 0, which needs only a copy.
+# A threshold of 2³² would not fit into a word. So the launch handles p = 1 without the kernel, and
+# also p = 0, which needs only a copy.
 
 
 def launch_seeded_dropout4x(

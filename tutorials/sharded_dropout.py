@@ -441,7 +441,7 @@ if __name__ == "__main__":
 # Exercises
 # ---------
 #
-# 1. Two ranks that were given different seeds draw parts of two masks, and nothing complains.
+# 1. Two ranks that were given different seeds draw parts of two masks, and there is no error.
 #    Write the check that notices. Why is it not part of ``sharded_dropout``?
 # 2. Change the worker so that the samples are divided among the ranks as well, on a mesh of two
 #    dimensions. Which lines don't have to change?

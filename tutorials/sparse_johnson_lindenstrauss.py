@@ -5,7 +5,7 @@ A random projection that is never stored
 ========================================
 
 You write a matrix product whose right-hand side is never in memory: the kernel draws each tile of
-the random matrix where it multiplies by it. Such a product squeezes vectors of a million numbers
+the random matrix where it multiplies by it. It squeezes vectors of a million numbers
 into four thousand and hardly changes the distances between them. If the vectors are few, most of
 the time goes into reading the matrix. But :ref:`seeded dropout` showed that random numbers can be
 computed where they are needed.
@@ -247,8 +247,7 @@ def launch_project(x, n_out, seed, density, transposed):
 # The result is wrong without ``num_stages=1``. By default Triton lets the steps of a loop overlap:
 # while the tensor cores still multiply, the next step begins. Here it draws entries, into registers
 # that the tensor cores may still be reading. On Hopper GPUs (H100, H200) Triton 3.6 does not always
-# wait for them (`triton#9433 <https://github.com/triton-lang/triton/issues/9433>`_). Small products
-# were right, and large ones had a few wrong entries now and then. With ``num_stages=1`` a step ends
+# wait for them (`triton#9433 <https://github.com/triton-lang/triton/issues/9433>`_). Small products were right, and large ones sometimes had a few wrong entries. With ``num_stages=1`` a step ends
 # before the next begins.
 #
 # Float32 from three bfloat16
@@ -318,7 +317,7 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# A stored matrix has to be read once, however few the vectors. So the limit of its product is the
+# A stored matrix has to be read once, even for a single vector. So the limit of its product is the
 # time in which a copy moves as many bytes. Making the matrix is not counted.
 
 FEATURES, COMPONENTS = 2**20, 4096

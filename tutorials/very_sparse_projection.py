@@ -56,9 +56,9 @@ if __name__ == "__main__":
 # ---------------------
 #
 # As in :ref:`sparse johnson-lindenstrauss`, we compute :math:`y = x R` with k components. An entry
-# of R is +a or -a with probability d/2 each and otherwise 0, where d is the density and
-# :math:`a = 1 / \sqrt{d\,k}`. On average the squared length of y is that of x, at any density. What
-# grows as d falls is its variance:
+# of R is +a or -a with probability d/2 each and otherwise 0, where d is the density and :math:`a =
+# 1 / \sqrt{d\,k}`. At any density the squared length of y is on average that of x. But its variance
+# grows as d falls:
 #
 # .. math:: \mathrm{Var} \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{1/d - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
 #
@@ -99,9 +99,9 @@ if __name__ == "__main__":
 #
 # An entry can no longer be computed alone: to find the tenth nonzero entry of a column, you add up
 # ten gaps. With one such sequence for each column, few programs could work at the same time. So a
-# column is cut into *chunks* of 65536 features, each of which starts anew. **Gap n of chunk c in
-# component i comes from the call of Philox with the counter (⌊n / 2⌋, i, c, 1): from words 0 and 1
-# if n is even, 2 and 3 if it is odd. The lowest bit of the first is the sign. The other 63 bits,
+# column is cut into *chunks* of 65536 features, each with a sequence of its own. **Gap n of chunk c
+# in component i comes from the call of Philox with the counter (⌊n / 2⌋, i, c, 1): from words 0 and
+# 1 if n is even, 2 and 3 if it is odd. The lowest bit of the first is the sign. The other 63 bits,
 # with a half added and divided by 2^63, are u.** (The 1 sets these words apart from the last
 # lesson's.)
 #
@@ -278,9 +278,9 @@ if __name__ == "__main__":
 # -----------
 #
 # The other way is to store the nonzero entries, row after row, with their columns. This format is
-# called CSR. At 1/1024 it takes 2^22 × (2 + 8) bytes. We multiply it by a transposed view of x, and
-# by a transposed copy. This copy is made inside the timer, as is our kernel's. The limit is the
-# time in which a copy moves as many bytes as x has.
+# called CSR. At 1/1024 it takes 2^22 × (2 + 8) bytes, 2 for a value and 8 for its column. We
+# multiply it by a transposed view of x, and by a transposed copy. This copy is timed, as is our
+# kernel's. The limit is the time in which a copy moves as many bytes as x has.
 
 import warnings
 
