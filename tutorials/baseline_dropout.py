@@ -347,7 +347,7 @@ def dropout(x, x_keep, p):
             f"got {x.device} and {x_keep.device}"
         )
     tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # None but in forward mode
-    if x.requires_grad and torch.is_grad_enabled() or tangent is not None:
+    if (x.requires_grad and torch.is_grad_enabled()) or tangent is not None:
         raise ValueError(
             "x requires a gradient, which dropout does not compute; pass x.detach()"
         )

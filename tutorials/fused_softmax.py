@@ -405,7 +405,7 @@ def row_softmax(x):
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
     tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # None but in forward mode
-    if x.requires_grad and torch.is_grad_enabled() or tangent is not None:
+    if (x.requires_grad and torch.is_grad_enabled()) or tangent is not None:
         raise ValueError(
             "x requires a gradient, which row_softmax does not compute; use tile_softmax, "
             "of the lesson on softmax in tiles, or pass x.detach()"
