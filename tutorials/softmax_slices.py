@@ -462,6 +462,8 @@ def slice_softmax(x):
 # References
 # ----------
 #
-# - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_, 2018.
-# - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_, 2016.
+# - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_,
+#   2018.
+# - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_,
+#   2016.
 # - `QuACK <https://github.com/Dao-AILab/quack>`_ by Dao-AILab.
