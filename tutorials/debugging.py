@@ -279,10 +279,10 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # The clock's line rises and rises, because a launch takes the same time however much there is to
-# copy. The loop is right for large tensors, and too fast for those that fit into the cache. Only
-# ``do_bench`` says how fast the kernel is with data in memory. If the speed of a copy is in each
-# figure, you notice such mistakes: a kernel that seems much faster than a copy of the same bytes is
-# measured wrongly.
+# copy. The loop is right for large tensors, but too fast for those that fit into the cache. Only
+# ``do_bench`` says how fast the kernel is when its data come from memory. A copy in each figure, timed
+# in the same way, protects you: if a kernel seems much faster than a copy of the same bytes, the
+# measurement is wrong.
 #
 # Look inside
 # -----------

@@ -141,8 +141,7 @@ def matrix_dropout_kernel(
 # the row, up to 2048 columns, and takes more rows if the row is shorter. A transposed matrix is
 # read along its columns, but the result is written along its rows. A tile of 128 by 32 suits both:
 # a column of the tile has 128 neighbours in the input, and a row has 32 neighbours in the output.
-# Triton has the threads exchange their elements in between. The random words work with any shape,
-# as long as ``COLS`` is a multiple of 4.
+# The random words work with any shape, as long as ``COLS`` is a multiple of 4.
 
 
 def tile_shape(x):

@@ -169,10 +169,10 @@ traced.register_autograd(
 )
 
 # %%
-# Both of them fill in a table, from which PyTorch's dispatcher takes its functions: one for each
-# device, one for shapes ("Meta"), one for autograd. With ``torch.library.Library`` you fill it in
-# yourself, and skip the checks that the two make on every call. (PyTorch calls the device "CUDA" for
-# AMD's, too.)
+# Both fill in a table from which PyTorch's dispatcher takes its functions: one for each device ("CUDA"
+# stands for AMD's GPUs, too), one for shapes ("Meta"), one for autograd. With
+# ``torch.library.Library`` you fill it in yourself, and skip the checks that the two make on every
+# call.
 
 library = torch.library.Library("operators_lesson", "FRAGMENT")
 library.define("listed(Tensor x, float p, int seed) -> Tensor")
@@ -198,8 +198,8 @@ torch.library.register_autograd(
 # This ``Function`` has a third method, ``setup_context``, which keeps what ``backward`` needs. With
 # it, ``torch.func.grad`` works as well. But it makes ``Function.apply`` slow, which then looks up the
 # names of ``forward``'s arguments on every call. The ``apply`` of the base class does not, and is
-# enough unless a compiler or a transform of ``torch.func`` is at work. (Both lines that tell the two
-# apart go below PyTorch's public interface.)
+# enough unless a compiler or a transform of ``torch.func`` is at work. (This goes below PyTorch's
+# public interface, so test it with each new version.)
 
 
 class Both(torch.autograd.Function):
@@ -335,8 +335,8 @@ if __name__ == "__main__":
 # raises an error. (The bare launch raises one in the row "gradient", because nothing else there
 # requires a gradient. In a network with other layers it would be silent.)
 #
-# ``torch.func`` accepts only the ``Function`` with ``setup_context``. ``vmap`` works for the three
-# because PyTorch falls back to a loop over the rows. The loop is slow, and every row gets the same
+# ``torch.func.grad`` works only for the ``Function`` with ``setup_context``. ``vmap`` works for the
+# three operators because PyTorch falls back to a loop over the rows. The loop is slow, and every row gets the same
 # mask. A ``Function`` would need a method ``vmap`` that says what is meant.
 #
 # For ``bare``, ``Function`` and ``triton_op`` the compiler looks at the launch itself. That needs a
