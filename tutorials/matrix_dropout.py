@@ -56,7 +56,7 @@ if __name__ == "__main__":
 #
 # Think of a row as a sample, and of its seed as a number made from the sample's number and the
 # training step. Then a sample that you evaluate alone has the same result as in its batch. You can
-# divide a batch among two GPUs or eight, pad it or sort it by length: every sample keeps its mask.
+# divide a batch among several GPUs, pad it or sort it by length: every sample keeps its mask.
 #
 # In :ref:`seeded dropout`, element i is kept or dropped by word i mod 4 of Philox for the counter
 # ⌊i / 4⌋. Here i is the *column*, and the seed is the row's. So row r of the result is what
@@ -92,10 +92,9 @@ if __name__ == "__main__":
 # ----------
 #
 # A program works on a *tile* of ``ROWS`` times ``COLS`` elements: a column of row numbers and a row
-# of column numbers make a two-dimensional block of addresses, by the same broadcasting as in
-# PyTorch. A narrow matrix takes tiles of many rows, and a wide one many tiles for each row. The
-# tiles are numbered in one sequence, because the first axis of a grid may have 2^31 - 1 programs
-# and the others only 65535.
+# of column numbers make a two-dimensional block of addresses, by broadcasting. A narrow matrix
+# takes tiles of many rows, and a wide one many tiles for each row. The tiles are numbered in one
+# sequence, because the first axis of a grid may have 2^31 - 1 programs and the others only 65535.
 #
 # Each program loads the seeds of its rows. Philox takes a block of seeds just as it takes a single
 # one. The four words are interleaved along the columns, as in :ref:`seeded dropout`.
@@ -141,8 +140,7 @@ def matrix_dropout_kernel(
 # the row, up to 2048 columns, and takes more rows if the row is shorter. A transposed matrix is
 # read along its columns, but the result is written along its rows. A tile of 128 by 32 suits both:
 # a column of the tile has 128 neighbours in the input, and a row has 32 neighbours in the output.
-# Triton has the threads exchange their elements in between. The random words work with any shape,
-# as long as ``COLS`` is a multiple of 4.
+# The random words work with any shape, as long as ``COLS`` is a multiple of 4.
 
 
 def tile_shape(x):
@@ -237,9 +235,9 @@ if __name__ == "__main__":
 #
 # Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. A row of 8 columns has 64
 # bytes of ``x`` and ``y`` in float32, so with its seed it should reach 64/72 of a copy's speed. In
-# bfloat16 it has 32, and should reach 32/40. At 64 columns a seed hardly counts, and the limit is a
-# copy. ``F.dropout`` moves a byte more for each element, its mask, and should reach 8/9 in float32
-# and 4/5 in bfloat16. The figure shows GB/s of ``x`` and ``y`` alone.
+# bfloat16 it has 32, and should reach 32/40. At 64 columns a seed hardly counts. ``F.dropout``
+# moves a byte more for each element, its mask, and should reach 8/9 in float32 and 4/5 in bfloat16.
+# The figure shows GB/s of ``x`` and ``y`` alone.
 
 
 def picoseconds(run, n):
