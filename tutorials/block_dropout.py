@@ -360,6 +360,16 @@ class BlockDropout(torch.autograd.Function):
         return BlockDropout.apply(gradient, *arguments), None, None, None, None
 
 
+quick_apply = super(torch.autograd.Function, BlockDropout).apply
+
+
+def apply(*arguments):
+    # Function.apply is slow, because it looks up names for the compiler and torch.func.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return BlockDropout.apply(*arguments)
+    return quick_apply(*arguments)
+
+
 def block_dropout(x, p, seed, shape, offsets):
     """Dropout of a block: the mask is that of the whole tensor, cut to the block.
 
@@ -417,7 +427,7 @@ def block_dropout(x, p, seed, shape, offsets):
                 f"and block {list(x.shape)} in shape {shape}"
             )
     signed = int(seed) - 2**64 if seed >= 2**63 else int(seed)
-    return BlockDropout.apply(x, float(p), signed, shape, offsets)
+    return apply(x, float(p), signed, shape, offsets)
 
 
 # %%
