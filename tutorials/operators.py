@@ -54,8 +54,8 @@ if __name__ == "__main__":
 # A bare launch
 # -------------
 #
-# The kernel is the one of :ref:`seeded dropout`. It is a good example because its gradient is the
-# same kernel again: nothing else distracts from how it is called.
+# The kernel is the one of :ref:`seeded dropout`. Its gradient is the same kernel again, so nothing
+# distracts from how it is called.
 
 
 @triton.jit
@@ -414,12 +414,9 @@ def benchmark(n_elements, line):
 
 if __name__ == "__main__" and not INTERPRET:
     costs = benchmark.run(show_plots=True, return_df=True)
+    calls = {"F.dropout": torch_dropout, **WAYS, "Both.apply": Both.apply}
     rows = []
-    for name, call in {
-        "F.dropout": torch_dropout,
-        **WAYS,
-        "Both.apply": Both.apply,
-    }.items():
+    for name, call in calls.items():
         x = torch.ones(1024, device=DEVICE)
         plain = microseconds(call, x)
         recorded = "" if name == "bare" else microseconds(call, x.requires_grad_())
@@ -451,9 +448,8 @@ if __name__ == "__main__" and not INTERPRET:
 if __name__ == "__main__" and not INTERPRET:
     from torch.profiler import ProfilerActivity, profile
 
-    for name, call in {"F.dropout": torch_dropout, **WAYS}.items():
-        if name in ("bare", "Function"):
-            continue
+    del calls["bare"], calls["Function"], calls["Both.apply"]
+    for name, call in calls.items():
         torch.compiler.reset()
         f = torch.compile(lambda x, call=call: call(2 * x, 0.5, 7) + 1, dynamic=False)
         x = torch.ones(2**20, device=DEVICE)
@@ -469,9 +465,8 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{name}: {len(kernels)} kernels")
 
 # %%
-# Each extra kernel is a trip to memory and back. If your kernel stands between element-wise
-# operators and the tensors are large, these trips can cost more than a better kernel saves. Then
-# put the neighbours into your kernel.
+# Each extra kernel is a trip to memory and back. Between element-wise operators on large tensors
+# these trips can cost more than a better kernel saves. Then put the neighbours into your kernel.
 #
 # Which way when
 # --------------
