@@ -247,8 +247,8 @@ WAYS = {
 # What works?
 # -----------
 #
-# Try it. Each of these functions takes one of the ways as ``call``, uses it in one manner, and compares
-# the result with the bare launch. ``fullgraph=True`` makes a graph break an error.
+# Try it. Each function takes one of the ways as ``call``, uses it, and compares the result with the
+# bare launch. ``fullgraph=True`` makes a graph break an error.
 
 
 def gradient(call):
@@ -316,9 +316,8 @@ def captured(call):
     return torch.equal(y, bare(x, 0.5, 7))
 
 
-CHECKS = [gradient, second_gradient, torch_func, forward_mode]
-CHECKS += [passes_opcheck, compiled, exported, under_vmap]
-CHECKS += [] if INTERPRET else [captured]
+CHECKS = [gradient, second_gradient, torch_func, forward_mode, passes_opcheck]
+CHECKS += [compiled, exported, under_vmap] + ([] if INTERPRET else [captured])
 
 
 def outcome(check, call):
@@ -335,13 +334,12 @@ if __name__ == "__main__":
     from tabulate import tabulate
 
     logging.disable()  # what the compiler says about that which is meant to fail
-    warnings.simplefilter("ignore")
     rows = []
     for check in CHECKS:
-        found = [outcome(check, call) for call in WAYS.values()]
+        with warnings.catch_warnings(action="ignore"):
+            found = [outcome(check, call) for call in WAYS.values()]
         rows.append([check.__name__.replace("_", " "), *found])
     logging.disable(logging.NOTSET)
-    warnings.resetwarnings()
     print(tabulate(rows, ["does it work?", *WAYS]))
 
 # %%
@@ -358,9 +356,9 @@ if __name__ == "__main__":
 #
 # For ``bare``, ``Function`` and ``triton_op`` the compiler looks at the launch itself. That needs a
 # GPU: in Triton's interpreter a kernel is ordinary Python on NumPy arrays, and the compiler gives
-# up. On a GPU it depends on PyTorch: 2.11 accepts ``triton_op``, but in the other two it meets
-# ``device_of``, and breaks the graph. ``custom_op``, ``Library`` and ``both`` hide the launch behind
-# a name, and work in each case.
+# up. On a GPU it depends on PyTorch's version: in the first two, 2.11 meets ``device_of`` and breaks
+# the graph. ``custom_op``, ``Library`` and ``both`` hide the launch behind a name, and work in each
+# case.
 #
 # ``opcheck`` is PyTorch's own checker, for operators only. It tests that an operator changes none of
 # its inputs, that the fake version agrees with the real one, and that the compiler understands the
@@ -426,8 +424,7 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # On the left of the figure the lines are level: that is the CPU's time. On the right they meet,
-# because the GPU takes longer, and the CPU's time is hidden behind it. From there on the price of a
-# call no longer matters.
+# because the GPU takes longer, and the price of a call no longer matters.
 #
 # In the table, the difference between a row and ``bare`` is the price of that way. A ``Function``
 # adds little, and so does ``both``; ``Both.apply`` shows what the lookup of names would cost. The
@@ -435,8 +432,8 @@ if __name__ == "__main__" and not INTERPRET:
 # once. ``F.dropout`` is all C++, which a launch from Python can't reach. These are the times of one
 # CPU: on a slower or a busy one they grow.
 #
-# If the CPU's time matters in your program, three things help: larger tensors, ``torch.compile``, which
-# launches without your Python code in between, and a CUDA graph, which launches many kernels at once.
+# If that matters in your program, three things help: larger tensors, ``torch.compile``, and a CUDA
+# graph, which launches many kernels at once.
 #
 # What the compiler makes of it
 # -----------------------------
@@ -448,10 +445,11 @@ if __name__ == "__main__" and not INTERPRET:
 if __name__ == "__main__" and not INTERPRET:
     from torch.profiler import ProfilerActivity, profile
 
-    del calls["bare"], calls["Function"], calls["Both.apply"]
-    for name, call in calls.items():
+    for name in ("F.dropout", "custom_op", "triton_op", "both"):
         torch.compiler.reset()
-        f = torch.compile(lambda x, call=call: call(2 * x, 0.5, 7) + 1, dynamic=False)
+        f = torch.compile(
+            lambda x, call=calls[name]: call(2 * x, 0.5, 7) + 1, dynamic=False
+        )
         x = torch.ones(2**20, device=DEVICE)
         try:
             f(x), f(x)
