@@ -6,7 +6,17 @@ import pickle
 
 import pytest
 import torch
-from fused_lstm import DEVICE, LSTM, gate_dropout, lstm_loop, lstm_steps
+import triton
+import triton.language as tl
+from fused_lstm import (
+    DEVICE,
+    LSTM,
+    LSTMSteps,
+    gate_dropout,
+    lstm_loop,
+    lstm_steps_op,
+    tanh,
+)
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -350,15 +360,16 @@ def operator_arguments(randn, G, grad=False):
 
 @pytest.mark.parametrize("G", [1, 4])
 def test_operator_keeps_its_promises(randn, G):
-    torch.library.opcheck(lstm_steps, operator_arguments(randn, G))
-    torch.library.opcheck(lstm_steps, operator_arguments(randn, G, grad=True))
+    torch.library.opcheck(lstm_steps_op, operator_arguments(randn, G))
 
 
 @pytest.mark.parametrize("G", [1, 4])
 def test_gradcheck(randn, G):
     *tensors, ends, p, seed = operator_arguments(randn, G, grad=True)
     torch.autograd.gradcheck(
-        lambda *tensors: lstm_steps(*tensors, ends, p, seed)[:2], tensors, fast_mode=True
+        lambda *tensors: LSTMSteps.apply(*tensors, ends, p, seed)[:2],
+        tensors,
+        fast_mode=True,
     )
 
 
@@ -663,3 +674,79 @@ def test_no_bytes_are_kept_for_masks(randn):
         held.append(torch.cuda.memory_allocated() - before)
         del y
     assert held[0] == held[1]
+
+
+@triton.jit
+def tanh_kernel(y_ptr, x_ptr, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tanh(tl.load(x_ptr + i, mask=i < n)), mask=i < n)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_tanh_is_right_at_every_scale(dtype):
+    x = torch.logspace(-30, 2, 4000, dtype=torch.float64, device=DEVICE).to(dtype)
+    x = torch.cat([-x, torch.zeros(1, dtype=dtype, device=DEVICE), x])
+    y = torch.empty_like(x)
+    tanh_kernel[(triton.cdiv(len(x), 1024),)](y, x, len(x), 1024)
+    eps = torch.finfo(dtype).eps
+    exact = torch.tanh(x.double())
+    assert ((y.double() - exact).abs() <= 4 * eps * exact.abs()).all()
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-5, 1e-3, 1e-1, 1, 10])
+def test_small_inputs_keep_their_digits(randn, scale):
+    reference = torch.nn.LSTM(5, 6, bias=False).to(DEVICE)
+    lstm = LSTM(5, 6).to(DEVICE).eval()
+    with torch.no_grad():
+        for name, parameter in lstm.named_parameters():
+            if "bias" in name:
+                parameter.zero_()
+            else:
+                parameter.copy_(getattr(reference, name))
+    x = scale * randn(4, 3, 5)
+    exact = reference.double()(x.double())[0]
+    error = (lstm(x)[0] - exact).abs().max() / exact.abs().max()
+    assert error < 1e-5
+
+
+def test_forward_mode_and_second_derivatives_are_errors(randn):
+    lstm = LSTM(3, 4, dropout=0.5, recurrent_dropout=0.5).to(DEVICE)
+    x = randn(2, 2, 3)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        lstm(torch.autograd.forward_ad.make_dual(x, x))
+    x = x.requires_grad_()
+    (first,) = torch.autograd.grad(lstm(x)[0].sin().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        torch.autograd.grad(first.sum(), x)
+
+
+def test_gradients_by_torch_func(randn):
+    lstm, x = LSTM(3, 4).to(DEVICE).eval(), randn(2, 2, 3)
+    got = torch.func.grad(lambda x: lstm(x)[0].sin().sum())(x)
+    x = x.requires_grad_()
+    (expected,) = torch.autograd.grad(lstm(x)[0].sin().sum(), x)
+    torch.testing.assert_close(got, expected)
+
+
+def test_states_of_another_kind_are_refused(randn):
+    lstm, x = LSTM(3, 4).to(DEVICE), randn(2, 2, 3)
+    state = randn(1, 2, 4)
+    for hx, error, message in [
+        (5, TypeError, "hx must be None or a pair of tensors"),
+        ((state, state.double()), TypeError, "hx must be torch.float32, as input"),
+        ((state.to("meta"), state), ValueError, "hx must be on .*, as input, got meta"),
+    ]:
+        with pytest.raises(error, match=message):
+            lstm(x, hx)
+    with pytest.raises(TypeError, match="as the weights, got torch.float64"):
+        lstm(x.double())
+
+
+def test_lengths_when_the_default_device_is_another(randn):
+    lstm, x = LSTM(3, 4).to(DEVICE).eval(), randn(3, 2, 3)
+    expected = lstm(x, lengths=[3, 1])[0]
+    torch.set_default_device("meta")
+    try:
+        torch.testing.assert_close(lstm(x, lengths=[3, 1])[0], expected)
+    finally:
+        torch.set_default_device(None)

@@ -1,44 +1,41 @@
 """
 .. _fused lstm:
 
-A fused LSTM with recurrent dropout
-===================================
+A fused LSTM: the step as one kernel
+====================================
 
-A mask on the state belongs inside the time loop, and the LSTM of cuDNN, NVIDIA's library behind
-``torch.nn.LSTM``, is fast, but lets nobody in. So recurrent dropout sends Keras, and everybody
-else, back to a loop of small operators, several times slower. In this lesson you write the loop's
-inside as one kernel, put the mask into it, and give the whole sequence to the GPU at once. Then the
-figures set it beside cuDNN without dropout.
+You write the step of an LSTM as one kernel, with recurrent dropout inside. The mask on the state
+belongs inside the time loop, and cuDNN, NVIDIA's library behind ``torch.nn.LSTM``, has no place for
+it. So recurrent dropout sends Keras, and everybody else, back to a loop of small operators. Here
+you keep the loop, but with two launches a step, forward and backward.
 
 You will learn
 
 - how Keras's ``dropout`` and ``recurrent_dropout`` are defined, and what ``implementation``
   changes;
-- how to fuse a step of a recurrent network, forward and backward, around a matrix product;
-- how CUDA graphs take the CPU out of a loop, and why every replay still draws new masks.
+- what can leave the loop over time, and what must stay;
+- how to fuse a step of a recurrent network, forward and backward, around a matrix product.
 
-You need to know PyTorch and, roughly, what an LSTM computes. You need no CUDA.
+Needs: PyTorch, and :ref:`recurrent dropout`.
 """
 
 # %%
-# Setting the stage
-# -----------------
+# Setting up
+# ----------
 #
 # The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
 # :ref:`fused softmax` explains them.
 
 # sphinx_gallery_thumbnail_path = '_static/fused_lstm.svg'
-import gc
-import numbers
 import os
 import sys
 from datetime import date
-from functools import partial
 
 import torch
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or not torch.cuda.is_available()
-DEVICE = "cpu" if INTERPRET else "cuda"
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
 if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
     if "triton" in sys.modules:
         raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
@@ -47,9 +44,12 @@ if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
 import triton
 import triton.language as tl
 
-gpu = "no GPU" if INTERPRET else torch.cuda.get_device_name()
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
 MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
-print(MACHINE)
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
 # The masks of Keras
@@ -74,9 +74,7 @@ print(MACHINE)
 #
 # This is the loop, as one would write it. Masks have shape (G, batch, units), and G is 4 or 1.
 
-from tabulate import tabulate
 from torch.nn.functional import linear, pad
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 
 def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
@@ -116,6 +114,12 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # One kernel for a step
 # ---------------------
 #
+# A step works on five buffers. The product adds to the gates' arguments, and the kernel reads them
+# and the cell, and writes the rest:
+#
+# .. image:: /_static/lstm_buffers.svg
+#    :alt: Step t reads row t of c and the gates' arguments. It writes row t + 1 of h and c, the gates' values in the place of their arguments, and the masked state, which the product with U adds to the arguments of step t + 1.
+#
 # Each program takes one sequence and a block of units. It reads what the product left, applies the
 # gates, and writes c, h and the *masked* h, once for each mask, ready for the next product. It
 # also leaves the gates' values where it found their arguments, because the backward pass needs
@@ -135,25 +139,26 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 
 @triton.jit
 def tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
+    e = tl.exp(-2 * tl.abs(x))  # at most 1: nothing overflows
+    far = (1 - e) / (1 + e)
+    # Near 0 the difference 1 - e loses digits, so take the first terms of the series there.
+    s = x * x
+    series = -929569 / 638512875 + s * (6404582 / 10854718875)
+    series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series))
+    series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
+    t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far)
+    return tl.where(x < 0, -t, t)
 
 
 @triton.jit(do_not_specialize=["t"])
 def step_kernel(
     gates_ptr,  # (T, B, 4, H): their arguments, replaced by their values
-    h_ptr,  # (T + 1, B, H): row t is the state before step t
-    c_ptr,
+    h_ptr, c_ptr,  # (T + 1, B, H): row t is the state before step t
     masked_ptr,  # (G, B, H): the input of the next product
     lengths_ptr,
-    t,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    t, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr,
+    G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < n_units
@@ -189,7 +194,8 @@ def step_kernel(
 # %%
 # For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. No other
 # line has to know about lengths. c is float32 even when all else is bfloat16, because it sums over
-# all steps. (The hyperbolic tangent is made from a sigmoid: Triton's own has no interpreter.)
+# all steps. (The hyperbolic tangent is written out, because Triton's interpreter has none. Made from
+# a sigmoid it would be short, but near 0 it would lose all its digits.)
 #
 # The backward pass of a step
 # ---------------------------
@@ -205,20 +211,11 @@ def step_backward_kernel(
     d_gates_ptr,  # (T, B, 4, H): the gradients of the gates' arguments
     d_cell_ptr,  # (B, H): the gradient of c, carried from step to step
     d_masked_ptr,  # (G, B, H): the gradient of the masked state
-    dh_ptr,  # (T + 1, B, H): gradients of the outputs, dc_ptr likewise
-    dc_ptr,
-    gates_ptr,
-    c_ptr,
-    lengths_ptr,
-    t,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    dh_ptr, dc_ptr,  # (T + 1, B, H): gradients of the outputs
+    gates_ptr, c_ptr, lengths_ptr,
+    t, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr,
+    G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < n_units
@@ -259,26 +256,17 @@ def step_backward_kernel(
 # The same mask, outside the loop
 # -------------------------------
 #
-# Three places outside the loop need the masks, too: the inputs before the first product, the first
-# state, and the states once more for the gradient of U. One small kernel multiplies (G, T, B,
+# Outside the loop the masks are needed, too: for the inputs before the first product, for the first
+# state, and for all states in the gradient of U. One small kernel multiplies (G, T, B,
 # units) by a mask (G, 1, B, units), and since that is linear, it is its own backward pass. G
 # copies of one tensor come as an ``expand``, with a stride of 0, and are read from where they are.
 
 
 @triton.jit
 def gate_dropout_kernel(
-    y_ptr,
-    x_ptr,
-    gate_stride,
-    n_rows,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units,
+    threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = unit < n_units
@@ -299,8 +287,7 @@ def threshold_and_scale(p):
     return round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0
 
 
-@torch.library.custom_op("fast_and_right::gate_dropout", mutates_args=())
-def gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+def launch_gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     """Multiply (G, T, B, units) by a mask (G, 1, B, units) that is drawn from the seed."""
     if x.dim() != 4 or not 1 <= len(x) <= 4 or not x.is_floating_point():
         got = f"{x.dtype} of shape {tuple(x.shape)}"
@@ -318,54 +305,24 @@ def gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
         rows = n_steps * n_sequences
         with torch.cuda.device_of(x):
             gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
-                y,
-                x,
-                x.stride(0),
-                rows,
-                n_sequences,
-                n_units,
-                *threshold_and_scale(p),
-                seed,
-                G,
-                BLOCK,
-            )
+                y, x, x.stride(0), rows, n_sequences, n_units,
+                *threshold_and_scale(p), seed, G, BLOCK,
+            )  # fmt: skip
     return y
 
-
-@gate_dropout.register_fake
-def _(x, p, seed):
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def keep_p_and_seed(ctx, inputs, output):
-    _, ctx.p, seed = inputs
-    ctx.save_for_backward(seed)
-
-
-def gate_dropout_gradient(ctx, gradient):
-    return gate_dropout(gradient, ctx.p, *ctx.saved_tensors), None, None
-
-
-gate_dropout.register_autograd(gate_dropout_gradient, setup_context=keep_p_and_seed)
 
 # %%
 # The loop
 # --------
 #
-# Now the operator that runs all steps. U comes as (G, 4H/G, H): as four matrices for four masked
-# states, or as one. The product is a batched one, added in place to what the inputs gave.
+# Now run all steps. U comes as (G, 4H/G, H): as four matrices for four masked states, or as one.
+# The product is a batched one, added in place to what the inputs gave.
 
 
-@torch.library.custom_op("fast_and_right::lstm_steps", mutates_args=())
-def lstm_steps(
-    from_input: torch.Tensor,
-    weight: torch.Tensor,
-    h0: torch.Tensor,
-    c0: torch.Tensor,
-    lengths: torch.Tensor,
-    p: float,
-    seed: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def launch_steps(
+    from_input: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor,
+    lengths: torch.Tensor, p: float, seed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     n_steps, n_sequences, _, n_units = from_input.shape
     G, n_real = len(weight), h0.shape[1]
     gates = from_input.clone(memory_format=torch.contiguous_format)
@@ -373,7 +330,7 @@ def lstm_steps(
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
     h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
-    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
     sizes = n_sequences, n_units, *threshold_and_scale(p)
     with torch.cuda.device_of(h):
@@ -384,32 +341,16 @@ def lstm_steps(
     return h, c, gates
 
 
-@lstm_steps.register_fake
-def _(from_input, weight, h0, c0, lengths, p, seed):
-    n_steps, n_sequences, _, n_units = from_input.shape
-    h = from_input.new_empty(n_steps + 1, n_sequences, n_units)
-    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    return h, c, from_input.new_empty(from_input.shape)
-
-
 # %%
 # Back through the steps. After the loop, the gradient of U is one product over all steps at once,
 # and the masked states it needs are drawn again rather than kept.
 
 
-@torch.library.custom_op("fast_and_right::lstm_steps_backward", mutates_args=())
-def lstm_steps_backward(
-    dh: torch.Tensor,
-    dc: torch.Tensor,
-    gates: torch.Tensor,
-    weight: torch.Tensor,
-    h: torch.Tensor,
-    c: torch.Tensor,
-    lengths: torch.Tensor,
-    n_real: int,
-    p: float,
+def launch_steps_backward(
+    dh: torch.Tensor, dc: torch.Tensor, gates: torch.Tensor, weight: torch.Tensor,
+    h: torch.Tensor, c: torch.Tensor, lengths: torch.Tensor, n_real: int, p: float,
     seed: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     n_steps, n_sequences, _, n_units = gates.shape
     G = len(weight)
     dh, dc = dh.contiguous(), dc.contiguous()
@@ -424,535 +365,68 @@ def lstm_steps_backward(
             step_backward_kernel[grid](*tensors, t, *sizes, seed, G, BLOCK)
             by_mask = d_gates[t].view(n_sequences, G, -1).transpose(0, 1)
             torch.bmm(by_mask, weight, out=d_masked)
-    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
     by_mask = d_gates.view(n_steps * n_sequences, G, weight.shape[1])
     d_weight = torch.bmm(by_mask.permute(1, 2, 0), masked)
-    dh0 = gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
+    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
     dc0 = d_cell + dc[0]
     return d_gates, d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone()
-
-
-@lstm_steps_backward.register_fake
-def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
-    fakes = [
-        torch.empty(t.shape, dtype=t.dtype, device=t.device)
-        for t in (gates, weight, h[0, :, :n_real], c[0, :, :n_real])
-    ]
-    return tuple(fakes)
-
-
-def keep_what_backward_needs(ctx, inputs, output):
-    _, weight, h0, _, lengths, ctx.p, seed = inputs
-    h, c, gates = output
-    ctx.n_real = h0.shape[1]
-    ctx.mark_non_differentiable(gates)
-    ctx.save_for_backward(gates, weight, h, c, lengths, seed)
-
-
-def lstm_steps_gradient(ctx, dh, dc, _):
-    *saved, seed = ctx.saved_tensors
-    return *lstm_steps_backward(dh, dc, *saved, ctx.n_real, ctx.p, seed), None, None, None
-
-
-lstm_steps.register_autograd(lstm_steps_gradient, setup_context=keep_what_backward_needs)
-
-# %%
-# The module
-# ----------
-#
-# It takes its arguments, its parameters' names and its results from ``torch.nn.LSTM``, so that a
-# state dict goes from one to the other, and the rates from Keras. The seeds are drawn on the GPU
-# by PyTorch's own generator: ``torch.manual_seed`` governs them, and ``checkpoint`` replays them.
-
-
-class LSTM(torch.nn.Module):
-    """One layer of ``torch.nn.LSTM`` with Keras's ``dropout`` and ``recurrent_dropout``.
-
-    In training, each call draws masks of shape (G, batch, units) for inputs and state, which
-    hold for all steps and are scaled by 1 / (1 - p). Nothing is dropped in evaluation.
-
-    Parameters
-    ----------
-    input_size, hidden_size : int
-        The numbers of input features and of units.
-    dropout, recurrent_dropout : float
-        The probability of dropping an input, and a unit of the state, in [0, 1].
-    implementation : int
-        1: each gate has masks of its own (G = 4). 0 or 2: the gates share them (G = 1).
-    batch_first : bool
-        Whether input and output are (batch, time, features), not (time, batch, features).
-
-    Raises
-    ------
-    TypeError, ValueError
-        If an argument has another type, or is out of range.
-
-    References
-    ----------
-    Gal and Ghahramani, "A theoretically grounded application of dropout in recurrent neural
-    networks", 2016; Keras's ``LSTM``.
-    """
-
-    def __init__(
-        self,
-        input_size,
-        hidden_size,
-        *,
-        dropout=0.0,
-        recurrent_dropout=0.0,
-        implementation=2,
-        batch_first=False,
-    ):
-        super().__init__()
-        for name, size in [("input_size", input_size), ("hidden_size", hidden_size)]:
-            if not isinstance(size, numbers.Integral) or size < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
-        for name, p in [("dropout", dropout), ("recurrent_dropout", recurrent_dropout)]:
-            if not isinstance(p, numbers.Real):
-                raise TypeError(f"{name} must be a number, got {type(p).__name__}")
-            if not 0 <= p <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {p}")
-        if implementation not in (0, 1, 2):
-            raise ValueError(f"implementation must be 0, 1 or 2, got {implementation!r}")
-        self.input_size, self.hidden_size = input_size, hidden_size
-        self.dropout, self.recurrent_dropout = float(dropout), float(recurrent_dropout)
-        self.implementation, self.batch_first = implementation, batch_first
-        shapes = {
-            "weight_ih_l0": (4 * hidden_size, input_size),
-            "weight_hh_l0": (4 * hidden_size, hidden_size),
-            "bias_ih_l0": (4 * hidden_size,),
-            "bias_hh_l0": (4 * hidden_size,),
-        }
-        for name, shape in shapes.items():
-            bound = hidden_size**-0.5
-            parameter = torch.nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-            self.register_parameter(name, parameter)
-
-    def forward(self, input, hx=None, lengths=None):
-        """Run the sequences.
-
-        Parameters
-        ----------
-        input : torch.Tensor or PackedSequence
-            (time, batch, input_size), or (batch, time, input_size) if ``batch_first``;
-            float16, bfloat16, float32 or float64. There may be no steps: the state stays.
-        hx : pair of torch.Tensor, optional
-            The first state h and c, each (1, batch, hidden_size). Zeros if absent.
-        lengths : list of int or torch.Tensor, optional
-            On the CPU, the length of each sequence of a padded batch, from 0 to time. What
-            follows a sequence's end is ignored, and the output there is 0.
-
-        Returns
-        -------
-        output, (h_n, c_n)
-            As from ``torch.nn.LSTM``: all outputs, in the layout of the input, and the state
-            at each sequence's end. The backward pass reads the outputs: don't change them
-            in place before it.
-        """
-        packed = input if isinstance(input, PackedSequence) else None
-        if packed is not None:
-            if lengths is not None:
-                raise ValueError(
-                    "lengths must be None for a PackedSequence, which has its own"
-                )
-            x, lengths = pad_packed_sequence(packed)
-        elif isinstance(input, torch.Tensor):
-            x = input
-        else:
-            got = type(input).__name__
-            raise TypeError(f"input must be a tensor or a PackedSequence, got {got}")
-        if x.dim() != 3 or x.shape[2] != self.input_size:
-            wanted = f"(time, batch, {self.input_size})"
-            if self.batch_first:
-                wanted = f"(batch, time, {self.input_size})"
-            raise ValueError(f"input must be {wanted}, got shape {tuple(x.shape)}")
-        if self.batch_first and packed is None:
-            x = x.transpose(0, 1)
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths)
-            if lengths.numel() and lengths.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
-            lengths = lengths.long()
-
-        h, c = self.states(x, hx, lengths)
-        output = h[1:]
-        if lengths is None:
-            state = h[-1:].clone(), c[-1:].clone()
-        else:
-            ends = lengths[None], torch.arange(x.shape[1])[None]
-            state = h[ends], c[ends]
-        if packed is not None:
-            order = packed.sorted_indices
-            ordered = output if order is None else output[:, order]
-            data = pack_padded_sequence(
-                ordered, lengths.sort(descending=True).values
-            ).data
-            return PackedSequence(data, *packed[1:]), state
-        return output.transpose(0, 1) if self.batch_first else output, state
-
-    def states(self, x, hx, lengths):
-        """h and c before the first step and after each, (T + 1, batch, hidden_size)."""
-        n_steps, n_sequences, _ = x.shape
-        if x.device.type != DEVICE:
-            raise ValueError(
-                f"input must be on device type {DEVICE!r}, got {x.device.type!r}"
-            )
-        shape = 1, n_sequences, self.hidden_size
-        if hx is None:
-            hx = x.new_zeros(shape), x.new_zeros(shape)
-        elif len(hx) != 2 or not all(isinstance(part, torch.Tensor) for part in hx):
-            raise TypeError("hx must be None or a pair of tensors")
-        h0, c0 = hx
-        if h0.shape != shape or c0.shape != shape:
-            got = tuple(h0.shape), tuple(c0.shape)
-            raise ValueError(f"hx must be two tensors of shape {shape}, got {got}")
-        if lengths is None:
-            lengths = torch.full((n_sequences,), n_steps, device=x.device)
-        else:
-            if lengths.device.type != "cpu" or lengths.shape != (n_sequences,):
-                got = f"shape {tuple(lengths.shape)} on {lengths.device}"
-                raise ValueError(f"lengths must be {n_sequences} on the CPU, got {got}")
-            if n_sequences > 0 and not 0 <= lengths.min() <= lengths.max() <= n_steps:
-                raise ValueError(
-                    f"lengths must be from 0 to {n_steps}, got {lengths.tolist()}"
-                )
-            lengths = lengths.to(x.device)
-            steps = torch.arange(n_steps, device=x.device)[:, None, None]
-            x = x.masked_fill(steps >= lengths[:, None], 0)  # padding may hold NaN
-
-        seeds = torch.zeros(2, dtype=torch.int64, device=x.device)
-        if self.training:
-            seeds = torch.randint(2**62, (2,), device=x.device)
-        rates = self.dropout, self.recurrent_dropout
-        dropout, recurrent_dropout = rates if self.training else (0.0, 0.0)
-        G = 4 if self.implementation == 1 else 1
-
-        # Products are fastest when rows start at multiples of 16 bytes: add units that stay 0.
-        H, extra = self.hidden_size, -self.hidden_size % 8
-        weight_ih = pad(self.weight_ih_l0.view(4, H, -1), (0, 0, 0, extra))
-        weight_hh = pad(self.weight_hh_l0.view(4, H, H), (0, extra, 0, extra))
-        bias = pad((self.bias_ih_l0 + self.bias_hh_l0).view(4, H), (0, extra))
-
-        masked = gate_dropout(x.expand(G, -1, -1, -1), dropout, seeds[:1]).flatten(1, 2)
-        weight_ih = weight_ih.view(G, -1, self.input_size)
-        gates = torch.baddbmm(bias.view(G, 1, -1), masked, weight_ih.mT)
-        gates = gates.view(G, n_steps, n_sequences, 4 // G, H + extra).permute(
-            1, 2, 0, 3, 4
-        )
-        h, c, _ = lstm_steps(
-            gates.flatten(2, 3),
-            weight_hh.to(gates.dtype).view(G, -1, H + extra),
-            h0[0].to(gates.dtype),
-            c0[0].to(torch.promote_types(gates.dtype, torch.float32)),
-            lengths,
-            recurrent_dropout,
-            seeds[1:],
-        )
-        h, c = h[..., :H], c[..., :H]
-        return h, c.to(h.dtype)
 
 
 # %%
 # Is it right?
 # ------------
 #
-# With nothing dropped it must agree with ``torch.nn.LSTM``, and with dropout with the loop, given
-# the same masks. To see the masks, pass ones through ``gate_dropout`` with the seeds that the
-# module is going to draw. All in float64, so that the comparison is sharp, and with the gradients
-# of everything.
+# Give the loop and the launches the same masks, and compare everything in float64: outputs, and the
+# gradients of the gates' arguments, of U and of the first state. The masks are what
+# ``launch_gate_dropout`` makes of ones. With the identity in the place of W, the gradient of the
+# loop's input is that of the gates' arguments.
 
-T, B, F, H = 5, 3, 4, 7
-torch.manual_seed(0)
-x = torch.randn(T, B, F, device=DEVICE, dtype=torch.float64, requires_grad=True)
-reference = torch.nn.LSTM(F, H).to(DEVICE, torch.float64)
-lstm = LSTM(F, H, dropout=0.3, recurrent_dropout=0.3, implementation=1)
-lstm = lstm.to(DEVICE, torch.float64)
-lstm.load_state_dict(reference.state_dict())
-torch.testing.assert_close(lstm.eval()(x), reference(x))
-
-
-def masks(G, n_units, p, seed):
-    ones = torch.ones(G, 1, B, n_units, device=DEVICE, dtype=torch.float64)
-    return gate_dropout(ones, p, seed)[:, 0]
-
-
-def loop_like(lstm, x):
-    """What ``lstm.train()(x)`` is about to compute, by the plain loop."""
-    G = 4 if lstm.implementation == 1 else 1
-    seeds = torch.randint(2**62, (2,), device=DEVICE)
-    return lstm_loop(
-        x,
-        lstm.weight_ih_l0,
-        lstm.weight_hh_l0,
-        lstm.bias_ih_l0 + lstm.bias_hh_l0,
-        *x.new_zeros(2, B, H),
-        masks(G, F, lstm.dropout, seeds[:1]),
-        masks(G, H, lstm.recurrent_dropout, seeds[1:]),
-    )[0]
-
-
-for lstm.implementation in (1, 2):
-    results = []
-    for run in (lambda x: lstm.train()(x)[0], lambda x: loop_like(lstm, x)):
-        torch.manual_seed(1)
-        y = run(x)
-        inputs = [x, *lstm.parameters()]
-        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
-    torch.testing.assert_close(*results)
-    error = max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
-    print(
-        f"implementation {lstm.implementation}: outputs and gradients within {error:.0e}"
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    T, B, H, p = 5, 3, 7, 0.3
+    seed = torch.tensor([7], device=DEVICE)
+    lengths = torch.full((B,), T, device=DEVICE)
+    x, U, h, c = (
+        torch.randn(size, device=DEVICE, dtype=torch.float64, requires_grad=True)
+        for size in ((T, B, 4 * H), (4 * H, H), (B, H), (B, H))
     )
+    identity, ones = torch.eye(4 * H).to(x), x.new_ones(4, B, 4 * H)
+    for G in (4, 1):
+        masks = launch_gate_dropout(x.new_ones(G, 1, B, H), p, seed)[:, 0]
+        y, _ = lstm_loop(x, identity, U, 0, h, c, ones[:G], masks)
+        dy = torch.randn_like(y)
+        wanted = [y, *torch.autograd.grad(y, (x, U, h, c), dy)]
+        with torch.no_grad():
+            inputs = x.view(T, B, 4, H), U.view(G, -1, H)
+            states, cells, gates = launch_steps(*inputs, h, c, lengths, p, seed)
+            gradients = launch_steps_backward(
+                pad(dy, (0, 0, 0, 0, 1, 0)), torch.zeros_like(cells),
+                gates, inputs[1], states, cells, lengths, H, p, seed,
+            )  # fmt: skip
+        got = [
+            a.view_as(b) for a, b in zip((states[1:], *gradients), wanted, strict=True)
+        ]
+        torch.testing.assert_close(got, wanted)
+        error = max((a - b).abs().max().item() for a, b in zip(got, wanted, strict=True))
+        print(f"{G} masks: outputs and gradients within {error:.0e} of the loop's")
 
 # %%
-# Sequences of different lengths, packed or padded, come out as they would alone. A length of 0
-# leaves the state as it was; ``torch.nn.LSTM`` refuses it.
-
-lengths = [5, 0, 2]
-output, (h_n, _) = lstm.eval()(x, lengths=lengths)
-for b, length in enumerate(lengths):
-    alone, (h_alone, _) = lstm(x[:length, b : b + 1])
-    torch.testing.assert_close(output[:length, b : b + 1], alone)
-    torch.testing.assert_close(h_n[:, b : b + 1], h_alone)
-    assert not output[length:, b].any()
-
-packed = pack_padded_sequence(x, [5, 3, 2])
-torch.testing.assert_close(lstm(packed)[0].data, reference(packed)[0].data)
-
-# %%
-# Take the CPU out of the loop
-# ----------------------------
-#
-# Every launch costs the CPU time, one of Triton more than one of PyTorch's own. Two a step are few,
-# but if the GPU is done with a step before the CPU has launched the next, it waits.
-#
-# A *CUDA graph* records the launches once and replays them all with one call. PyTorch records a
-# module's forward and backward pass with ``torch.cuda.make_graphed_callables``. The module then
-# wants inputs of the recorded shape, and the output of one replay is overwritten by the next.
-#
-# A replay repeats the same launches with the same arguments. Would it draw the same masks? It
-# would if the seed were an argument. But the kernels *load* the seed, and the launch that draws it
-# is in the recording as well; PyTorch moves its generator on with every replay.
-
-if not INTERPRET:
-    graphed = LSTM(F, H, recurrent_dropout=0.3).to(DEVICE)
-    plain = LSTM(F, H, recurrent_dropout=0.3).to(DEVICE)
-    plain.load_state_dict(graphed.state_dict())
-    x = torch.randn(T, B, F, device=DEVICE, requires_grad=True)
-    torch.cuda.make_graphed_callables(graphed, (torch.randn_like(x).requires_grad_(),))
-
-    first, second = graphed(x)[0].clone(), graphed(x)[0].clone()
-    assert not torch.equal(first, second)
-    print("two replays draw two masks")
-    torch.manual_seed(2)
-    first = graphed(x)[0].clone()
-    torch.manual_seed(2)
-    assert torch.equal(graphed(x)[0], first)
-    print("the same seed, the same masks")
-
-# %%
-# How fast is it?
-# ---------------
-#
-# The size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, and more or fewer units than its
-# 1150. Forward and backward together. There are this module, recorded, with either implementation;
-# cuDNN's LSTM, which can't drop anything of its state; the plain loop with one mask; and as the
-# limit the matrix products alone, recorded, with nothing in between.
-#
-# In float32 mind the precision. cuDNN's LSTM rounds the inputs of its products to TF32 unless told
-# otherwise, and PyTorch's products do not unless told to. (TF32 drops 13 of the 23 fraction bits of
-# a float32, so that tensor cores take it.) In the figure all use TF32; the table has both.
-
-
-class Loop(LSTM):
-    """The plain loop with the masks from ``F.dropout``, as one would write it."""
-
-    def forward(self, x):
-        ones = x.new_ones(1, x.shape[1], self.input_size)
-        states = x.new_ones(1, x.shape[1], self.hidden_size)
-        zeros = torch.zeros_like(states[0])
-        return lstm_loop(
-            x,
-            self.weight_ih_l0,
-            self.weight_hh_l0,
-            self.bias_ih_l0 + self.bias_hh_l0,
-            zeros,
-            zeros,
-            torch.nn.functional.dropout(ones, self.dropout),
-            torch.nn.functional.dropout(states, self.recurrent_dropout),
-        )
-
-
-def products_alone(n_units, dtype):
-    """A call that replays the matrix products of a forward and a backward pass."""
-    H = n_units + -n_units % 8
-    sizes = (5600, 400), (5600, H), (5600, 4 * H), (4 * H, 400), (4 * H, H)
-    x, h, d, W, U = (torch.randn(size, device=DEVICE, dtype=dtype) for size in sizes)
-
-    def run():
-        linear(x, W)
-        for _ in range(70):
-            linear(h[:80], U)
-        for _ in range(70):
-            d[:80] @ U
-        return d.T @ h, d.T @ x, d @ W
-
-    run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def time_of(implementation, n_units, dtype, tf32=True):
-    """Milliseconds of a forward and a backward pass."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    name, *recorded = implementation.split(", ")
-    if name == "products":
-        step = products_alone(n_units, dtype)
-        return triton.testing.do_bench(step, return_mode="median")
-    rates = {"dropout": 0.3, "recurrent_dropout": 0.3}
-    make = {
-        "1": lambda: LSTM(400, n_units, **rates, implementation=1),
-        "2": lambda: LSTM(400, n_units, **rates, implementation=2),
-        "cuDNN": lambda: torch.nn.LSTM(400, n_units, device=DEVICE, dtype=dtype),
-        "loop": lambda: Loop(400, n_units, **rates),
-    }[name]
-    module = make().to(DEVICE, dtype)
-    x = torch.randn(70, 80, 400, device=DEVICE, dtype=dtype, requires_grad=True)
-    if recorded:
-        torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
-    gradient = torch.randn(70, 80, n_units, device=DEVICE, dtype=dtype)
-    inputs = [x, *module.parameters()]
-
-    def step():
-        torch.autograd.grad(module(x)[0], inputs, gradient)
-
-    return triton.testing.do_bench(step, return_mode="median")
-
-
-LINES = {
-    "1, recorded": ("fused, implementation 1, recorded", "#d55e00", "-"),
-    "2, recorded": ("fused, implementation 2, recorded", "#d55e00", "--"),
-    "2": ("fused, implementation 2", "#d55e00", ":"),
-    "cuDNN": ("cuDNN, no recurrent dropout", "#0072b2", "-"),
-    "loop": ("plain loop", "#cc79a7", "-"),
-    "loop, recorded": ("plain loop, recorded", "#cc79a7", "--"),
-    "products": ("matrix products alone", "#555555", "--"),
-}
-
-
-@triton.testing.perf_report(
-    [
-        triton.testing.Benchmark(
-            x_names=["n_units"],
-            x_vals=[256, 512, 768, 1150, 1536, 2048],
-            line_arg="implementation",
-            line_vals=list(LINES),
-            line_names=[name for name, *_ in LINES.values()],
-            styles=[style for _, *style in LINES.values()],
-            xlabel=f"units, {dtype}\n{MACHINE}",
-            y_log=True,
-            ylabel="ms",
-            plot_name=f"fused-lstm-{dtype}",
-            args={"dtype": getattr(torch, dtype)},
-        )
-        for dtype in ("float32", "bfloat16")
-    ]
-)
-def benchmark(implementation, n_units, dtype):
-    return time_of(implementation, n_units, dtype)
-
-
-if INTERPRET:
-    print("No figures: speed is measured on a GPU only, and this run had none.")
-elif __name__ == "__main__":
-    benchmark.run(show_plots=True)
-    rows = []
-    for name, dtype, tf32 in [
-        ("float32", torch.float32, False),
-        ("TF32", torch.float32, True),
-        ("bfloat16", torch.bfloat16, True),
-    ]:
-        times = [time_of(implementation, 1150, dtype, tf32) for implementation in LINES]
-        rows.append([name, *times])
-        print(
-            f"{name}: implementation 1 takes {times[0] / times[3]:.2f} times as long as cuDNN,\n"
-            f"which drops nothing, and is {times[4] / times[0]:.1f} times as fast as the loop."
-        )
-    columns = ["1150 units, ms:", *(name for name, *_ in LINES.values())]
-    print(tabulate(zip(columns, *rows, strict=True), "firstrow", floatfmt=".2f"))
-
-# %%
-# Compare the solid orange line with the solid blue one: the fused loop *with* recurrent dropout,
-# and cuDNN's LSTM without. Mind that cuDNN's is called as usual, not recorded: where its line is
-# flat, it most likely shows the CPU's time. (In bfloat16 PyTorch also copies its weights together at
-# each call, and warns of it.) Launched from Python, the fused loop (dotted) is slower than cuDNN;
-# the graph is what puts it ahead.
-#
-# Then compare it with the dashed grey line: the difference is what the kernels between the products
-# cost. Implementation 1 makes four products in the place of one, with the same arithmetic. Whether
-# that takes longer depends on the kernels that the library picks for them.
-#
-# The dotted line is implementation 2, launched from Python step by step. Its distance to the dashed
-# orange line is time in which the GPU waits for the CPU. The plain loop in pink is bound by the CPU,
-# too: its time hardly depends on units or dtype, and wavers from run to run. Recorded, dashed, it is
-# faster, but every small operator still reads and writes its tensors.
-#
-# Nothing is kept for the masks
-# -----------------------------
-#
-# What does a training step hold between forward and backward? Compare rates of 0 and of 0.3, by
-# the allocator's count.
-
-if __name__ == "__main__" and not INTERPRET:
-    for name, make in [
-        ("fused, implementation 1", partial(LSTM, implementation=1)),
-        ("fused, implementation 2", partial(LSTM, implementation=2)),
-        ("plain loop", Loop),
-    ]:
-        held = []
-        for p in (0.0, 0.3):
-            module = make(400, 1150, dropout=p, recurrent_dropout=p).to(DEVICE)
-            x = torch.randn(70, 80, 400, device=DEVICE, requires_grad=True)
-            module(x)
-            gc.collect()
-            before = torch.cuda.memory_allocated()
-            y = module(x)
-            held.append((torch.cuda.memory_allocated() - before) / 2**20)
-            del y
-        print(f"{name}, MiB: {held[0]:.1f} at a rate of 0, {held[1]:.1f} at 0.3")
-
-# %%
-# The masked inputs of the first product are kept, G times the input, with or without dropout;
-# masks are not. (The plain loop's number doesn't change either, since it keeps ones at a rate of 0.
-# And a mask that holds for all steps is small in any case.)
+# The launches are right, but they are not yet a module, and Python launches each of them.
+# :ref:`captured lstm` makes the module, gives the GPU the whole sequence at once, and measures it.
 #
 # Exercises
 # ---------
 #
-# 1. Remove the line that adds units until they are a multiple of 8, and measure 1150 units again.
-# 2. Draw the recurrent mask anew at each step. Which number has to enter the counter, and which
+# 1. Draw the recurrent mask anew at each step. Which number has to enter the counter, and which
 #    other kernel must draw it likewise?
-# 3. Give the module Semeniuta's dropout, which multiplies g alone, anew at each step. A few lines
-#    of either kernel change.
-# 4. Let one launch run all steps: programs that stay on the GPU, each with its columns of U on the
-#    chip, and a barrier after each step. What must a program read from the others at each step,
-#    and what would it save?
+# 2. Build in Semeniuta's dropout, which multiplies g alone, anew at each step. A few lines of
+#    either kernel change.
 #
 # .. note::
 #    Try it first.
 #
-#    1. The results stay the same. But 1150 numbers of 2 or of 4 bytes are no multiple of 16 bytes,
-#       so rows begin anywhere, and the products have to load them in smaller pieces. Expect the
-#       products to take longer, and the kernel of the step as long as before.
-#
-#       .. code-block:: diff
-#
-#          -        H, extra = self.hidden_size, -self.hidden_size % 8
-#          +        H, extra = self.hidden_size, 0
-#
-#    2. The number of the step that reads the state: step t masks what step t + 1 multiplies. The
+#    1. The number of the step that reads the state: step t masks what step t + 1 multiplies. The
 #       backward kernel has to draw the same, and so has the gradient of U, which masks all states
 #       at once: for it, take all steps for one step with T times the sequences.
 #
@@ -962,12 +436,12 @@ if __name__ == "__main__" and not INTERPRET:
 #          -    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
 #          +    row = (t + 1) * n_sequences + sequence
 #          +    words = tl.randint4x(tl.load(seed_ptr), (row << 32) | unit)
-#          @@ in lstm_steps_backward
-#          -    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+#          @@ in launch_steps_backward
+#          -    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
 #          +    states = h[:-1].view(1, 1, -1, n_units).expand(G, -1, -1, -1)
-#          +    masked = gate_dropout(states, p, seed)[:, 0]
+#          +    masked = launch_gate_dropout(states, p, seed)[:, 0]
 #
-#    3. Where g is used, it is masked, in the forward kernel once, in the backward kernel twice;
+#    2. Where g is used, it is masked, in the forward kernel once, in the backward kernel twice;
 #       where h was masked, it no longer is. With implementation 2, ``recurrent_dropout`` is now
 #       Semeniuta's rate, and the mask is drawn at each step. Outside the loop, the state is dropped
 #       at a rate of 0.
@@ -994,21 +468,15 @@ if __name__ == "__main__" and not INTERPRET:
 #          @@
 #          -    tl.store(d_gate + 2 * n_units, dc * i * (1 - g * g), mask=inside)
 #          +    tl.store(d_gate + 2 * n_units, dc * factor * i * (1 - g * g), mask=inside)
-#          @@ in lstm_steps
-#          -    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
-#          +    masked = gate_dropout(h[:1].expand(G, -1, -1, -1), 0.0, seed)[:, 0]
-#          @@ in lstm_steps_backward
-#          -    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
-#          +    masked = gate_dropout(h[:-1].expand(G, -1, -1, -1), 0.0, seed).flatten(1, 2)
+#          @@ in launch_steps
+#          -    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+#          +    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), 0.0, seed)[:, 0]
+#          @@ in launch_steps_backward
+#          -    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+#          +    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), 0.0, seed).flatten(1, 2)
 #          @@
-#          -    dh0 = gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
-#          +    dh0 = gate_dropout(d_masked[:, None], 0.0, seed).sum(dim=0)[0] + dh[0]
-#
-#    4. The states of all units, batch × H numbers, since every column of the product needs all of
-#       them, and each program computes only its own. They pass through memory or L2, and the
-#       barrier keeps anyone from reading too early. It saves the launches, and the reading of U at
-#       every step, which doesn't change from step to step. For the barrier all programs must be on
-#       the GPU at the same time, and U must fit into their registers and shared memory.
+#          -    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
+#          +    dh0 = launch_gate_dropout(d_masked[:, None], 0.0, seed).sum(dim=0)[0] + dh[0]
 #
 # References
 # ----------
@@ -1016,6 +484,3 @@ if __name__ == "__main__" and not INTERPRET:
 # - Y. Gal and Z. Ghahramani, `A theoretically grounded application of dropout in recurrent neural networks <https://arxiv.org/abs/1512.05287>`_,
 #   2016.
 # - Keras's documentation of its `LSTM <https://keras.io/api/layers/recurrent_layers/lstm/>`_.
-# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_,
-#   2016: how cuDNN's got fast.
-# - PyTorch's documentation of `CUDA graphs <https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs>`_.
