@@ -57,9 +57,9 @@ if __name__ == "__main__":
 
 from torch.nn.functional import linear, pad
 
-
 # fmt: off
 # ruff: noqa: E701, E702
+Tensor = torch.Tensor
 @triton.jit
 def tanh(x):
     e = tl.exp(-2 * tl.abs(x)); far = (1 - e) / (1 + e); s = x * x
@@ -68,40 +68,32 @@ def tanh(x):
     series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
     t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far); return tl.where(x < 0, -t, t)
 @triton.jit(do_not_specialize=['t'])
-def step_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, lengths_ptr, t, n_sequences, n_units,
-    threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
-    sequence = tl.program_id(0).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK); inside = unit < n_units
-    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
+def step_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, lengths_ptr, t, n_sequences, n_units, threshold, scale:
+    tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
+    sequence = tl.program_id(0).to(tl.int64); unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = unit < n_units; active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
     before = (t * n_sequences + sequence) * n_units + unit
-    after = ((t + 1) * n_sequences + sequence) * n_units + unit
-    c = tl.load(c_ptr + before, mask=active, other=0.0)
-    gate = gates_ptr + 4 * (before - unit) + unit
-    i = tl.sigmoid(tl.load(gate, mask=active, other=0.0).to(c.dtype))
+    after = ((t + 1) * n_sequences + sequence) * n_units + unit; c = tl.load(c_ptr + before, mask=active, other=0.0)
+    gate = gates_ptr + 4 * (before - unit) + unit; i = tl.sigmoid(tl.load(gate, mask=active, other=0.0).to(c.dtype))
     f = tl.sigmoid(tl.load(gate + n_units, mask=active, other=0.0).to(c.dtype))
     g = tanh(tl.load(gate + 2 * n_units, mask=active, other=0.0).to(c.dtype))
-    o = tl.sigmoid(tl.load(gate + 3 * n_units, mask=active, other=0.0).to(c.dtype))
-    tl.store(gate, i, mask=inside); tl.store(gate + n_units, f, mask=inside)
-    tl.store(gate + 2 * n_units, g, mask=inside); tl.store(gate + 3 * n_units, o, mask=inside)
-    c = f * c + i * g; h = o * tanh(c); tl.store(c_ptr + after, c, mask=inside)
-    tl.store(h_ptr + after, h, mask=inside)
+    o = tl.sigmoid(tl.load(gate + 3 * n_units, mask=active, other=0.0).to(c.dtype)); tl.store(gate, i, mask=inside)
+    tl.store(gate + n_units, f, mask=inside); tl.store(gate + 2 * n_units, g, mask=inside)
+    tl.store(gate + 3 * n_units, o, mask=inside); c = f * c + i * g; h = o * tanh(c)
+    tl.store(c_ptr + after, c, mask=inside); tl.store(h_ptr + after, h, mask=inside)
     words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
     if c.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
         kept = tl.where(words[k].to(tl.int64) >= threshold, h * scale, 0.0)
-        place = (k * n_sequences + sequence) * n_units + unit
-        tl.store(masked_ptr + place, kept, mask=inside)
+        place = (k * n_sequences + sequence) * n_units + unit; tl.store(masked_ptr + place, kept, mask=inside)
 @triton.jit(do_not_specialize=['t'])
-def step_backward_kernel(d_gates_ptr, d_cell_ptr, d_masked_ptr, dh_ptr, dc_ptr, gates_ptr,
-    c_ptr, lengths_ptr, t, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, G:
-    tl.constexpr, BLOCK: tl.constexpr):
-    sequence = tl.program_id(0).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK); inside = unit < n_units
-    active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
+def step_backward_kernel(d_gates_ptr, d_cell_ptr, d_masked_ptr, dh_ptr, dc_ptr, gates_ptr, c_ptr, lengths_ptr, t,
+    n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
+    sequence = tl.program_id(0).to(tl.int64); unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = unit < n_units; active = unit < tl.where(t < tl.load(lengths_ptr + sequence), n_units, 0)
     before = (t * n_sequences + sequence) * n_units + unit
-    after = ((t + 1) * n_sequences + sequence) * n_units + unit
-    d_cell_ptr += sequence * n_units + unit; dc = tl.load(d_cell_ptr, mask=active, other=0.0)
-    dc += tl.load(dc_ptr + after, mask=active, other=0.0)
+    after = ((t + 1) * n_sequences + sequence) * n_units + unit; d_cell_ptr += sequence * n_units + unit
+    dc = tl.load(d_cell_ptr, mask=active, other=0.0); dc += tl.load(dc_ptr + after, mask=active, other=0.0)
     dh = tl.load(dh_ptr + after, mask=active, other=0.0).to(dc.dtype)
     words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
     if dc.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
@@ -113,73 +105,63 @@ def step_backward_kernel(d_gates_ptr, d_cell_ptr, d_masked_ptr, dh_ptr, dc_ptr, 
     f = tl.load(gates_ptr + gate + n_units, mask=inside).to(dc.dtype)
     g = tl.load(gates_ptr + gate + 2 * n_units, mask=inside).to(dc.dtype)
     o = tl.load(gates_ptr + gate + 3 * n_units, mask=inside).to(dc.dtype)
-    c_before = tl.load(c_ptr + before, mask=active, other=0.0)
-    tanh_c = tanh(tl.load(c_ptr + after, mask=inside)); dc += dh * o * (1 - tanh_c * tanh_c)
-    d_gate = d_gates_ptr + gate; tl.store(d_gate, dc * g * i * (1 - i), mask=inside)
+    c_before = tl.load(c_ptr + before, mask=active, other=0.0); tanh_c = tanh(tl.load(c_ptr + after, mask=inside))
+    dc += dh * o * (1 - tanh_c * tanh_c); d_gate = d_gates_ptr + gate
+    tl.store(d_gate, dc * g * i * (1 - i), mask=inside)
     tl.store(d_gate + n_units, dc * c_before * f * (1 - f), mask=inside)
     tl.store(d_gate + 2 * n_units, dc * i * (1 - g * g), mask=inside)
-    tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=inside)
-    tl.store(d_cell_ptr, dc * f, mask=inside)
+    tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=inside); tl.store(d_cell_ptr, dc * f, mask=inside)
 @triton.jit
-def gate_dropout_kernel(y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units, threshold,
-    scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
+def gate_dropout_kernel(y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units, threshold, scale: tl.float64,
+    seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64); unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = unit < n_units
-    words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
+    inside = unit < n_units; words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
     if x_ptr.dtype.element_ty != tl.float64: scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
         x = tl.load(x_ptr + row * n_units + unit, mask=inside)
         kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
-        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
-        x_ptr += gate_stride
+        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside); x_ptr += gate_stride
 BLOCK = 128
 def threshold_and_scale(p): return round(p * 2 ** 32), 1 / (1 - p) if p < 1 else 0.0
-def launch_gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+def launch_gate_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     G, n_steps, n_sequences, n_units = x.shape
     if x.stride()[1:] != (n_sequences * n_units, n_units, 1): x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         rows = n_steps * n_sequences
         with torch.cuda.device_of(x):
-            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](y, x, x.stride(0), rows,
-                n_sequences, n_units, *threshold_and_scale(p), seed, G, BLOCK)
+            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](y, x, x.stride(0), rows, n_sequences, n_units,
+                *threshold_and_scale(p), seed, G, BLOCK)
     return y
-def launch_steps(from_input: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor, c0:
-    torch.Tensor, lengths: torch.Tensor, p: float, seed: torch.Tensor) -> tuple[torch.Tensor,
-    torch.Tensor, torch.Tensor]:
+def launch_steps(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed:
+    Tensor) -> tuple[Tensor, Tensor, Tensor]:
     n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1])
     gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
     h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
     masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
-    grid = (n_sequences, triton.cdiv(n_units, BLOCK))
-    sizes = (n_sequences, n_units, *threshold_and_scale(p))
+    grid = (n_sequences, triton.cdiv(n_units, BLOCK)); sizes = (n_sequences, n_units, *threshold_and_scale(p))
     with torch.cuda.device_of(h):
         for t in range(n_steps if n_sequences > 0 else 0):
-            by_mask = gates[t].view(n_sequences, G, -1).transpose(0, 1)
-            by_mask.baddbmm_(masked, weight.mT)
+            by_mask = gates[t].view(n_sequences, G, -1).transpose(0, 1); by_mask.baddbmm_(masked, weight.mT)
             step_kernel[grid](gates, h, c, masked, lengths, t, *sizes, seed, G, BLOCK)
     return h, c, gates
-def launch_steps_backward(dh: torch.Tensor, dc: torch.Tensor, gates: torch.Tensor, weight:
-    torch.Tensor, h: torch.Tensor, c: torch.Tensor, lengths: torch.Tensor, n_real: int, p: float,
-    seed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    n_steps, n_sequences, _, n_units = gates.shape; G = len(weight)
-    dh, dc = (dh.contiguous(), dc.contiguous()); d_gates = torch.empty_like(gates)
-    d_cell = torch.zeros_like(c[0]); d_masked = h.new_zeros(G, n_sequences, n_units)
-    grid = (n_sequences, triton.cdiv(n_units, BLOCK))
+def launch_steps_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, lengths:
+    Tensor, n_real: int, p: float, seed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_steps, n_sequences, _, n_units = gates.shape; G = len(weight); dh, dc = (dh.contiguous(), dc.contiguous())
+    d_gates = torch.empty_like(gates); d_cell = torch.zeros_like(c[0])
+    d_masked = h.new_zeros(G, n_sequences, n_units); grid = (n_sequences, triton.cdiv(n_units, BLOCK))
     sizes = (n_sequences, n_units, *threshold_and_scale(p))
     tensors = (d_gates, d_cell, d_masked, dh, dc, gates, c, lengths)
     with torch.cuda.device_of(h):
         for t in reversed(range(n_steps if n_sequences > 0 else 0)):
             step_backward_kernel[grid](*tensors, t, *sizes, seed, G, BLOCK)
-            by_mask = d_gates[t].view(n_sequences, G, -1).transpose(0, 1)
-            torch.bmm(by_mask, weight, out=d_masked)
+            by_mask = d_gates[t].view(n_sequences, G, -1).transpose(0, 1); torch.bmm(by_mask, weight, out=d_masked)
     masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
     by_mask = d_gates.view(n_steps * n_sequences, G, weight.shape[1])
     d_weight = torch.bmm(by_mask.permute(1, 2, 0), masked)
-    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
-    dc0 = d_cell + dc[0]
+    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]; dc0 = d_cell + dc[0]
     return d_gates, d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone()
 # fmt: on
 
@@ -194,12 +176,10 @@ def launch_steps_backward(dh: torch.Tensor, dc: torch.Tensor, gates: torch.Tenso
 # .. image:: /_static/fused_lstm.svg
 #    :alt: A chain of steps. In each, a matrix product with U, then one kernel with gates, cell and mask, whose masked output enters the product of the next step.
 #
-# A *CUDA graph* helps: you *capture* the launches once, and then one call replays all of them. The
-# last figure shows what that saves.
-#
-# A replay repeats the same launches with the same arguments. If the seed were an argument, each
-# replay would draw the same masks. But our kernels *load* the seed from memory. When the launch
-# that draws a new seed is part of the graph, each replay draws new masks.
+# A *CUDA graph* helps: you *capture* the launches once, and then one call replays all of them. A
+# replay has the same arguments as the captured launches. If the seed were an argument, each replay
+# would draw the same masks. But our kernels *load* the seed from memory, and the launch that draws
+# a new one is part of the graph. So each replay draws new masks.
 #
 # As a public function
 # --------------------
@@ -208,6 +188,7 @@ def launch_steps_backward(dh: torch.Tensor, dc: torch.Tensor, gates: torch.Tenso
 # :ref:`operators` explains why. Gradients of gradients, and forward mode, are errors.
 
 import numbers
+from functools import partial
 
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -235,22 +216,6 @@ def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
     return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
 
 
-class GateDropout(torch.autograd.Function):
-    @staticmethod
-    def forward(x, p, seed):
-        compiling = torch.compiler.is_compiling()
-        return (gate_dropout_op if compiling else launch_gate_dropout)(x, p, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.p, seed = inputs
-        ctx.save_for_backward(seed)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return GateDropout.apply(gradient, ctx.p, *ctx.saved_tensors), None, None
-
-
 class LSTMSteps(torch.autograd.Function):
     @staticmethod
     def forward(from_input, weight, h0, c0, lengths, p, seed):
@@ -275,9 +240,8 @@ class LSTMSteps(torch.autograd.Function):
 
 
 # %%
-# The module takes its parameters' names and its results from ``torch.nn.LSTM``, so that a state
-# dict goes from one to the other, and the rates from Keras. PyTorch's generator draws the seeds on
-# the GPU: ``torch.manual_seed`` governs them.
+# The module takes its parameters and results from ``torch.nn.LSTM``, and the rates from Keras. A
+# state dict goes from either LSTM to the other. ``torch.manual_seed`` governs the seeds.
 
 
 class LSTM(torch.nn.Module):
@@ -308,13 +272,8 @@ class LSTM(torch.nn.Module):
         self.input_size, self.hidden_size = input_size, hidden_size
         self.dropout, self.recurrent_dropout = float(dropout), float(recurrent_dropout)
         self.implementation, self.batch_first = implementation, batch_first
-        for name, *columns in [
-            ("weight_ih_l0", input_size), ("weight_hh_l0", hidden_size),
-            ("bias_ih_l0",), ("bias_hh_l0",),
-        ]:  # fmt: skip
-            values = torch.empty(4 * hidden_size, *columns)
-            values.uniform_(-(hidden_size**-0.5), hidden_size**-0.5)
-            self.register_parameter(name, torch.nn.Parameter(values))
+        for name, parameter in torch.nn.LSTM(input_size, hidden_size).named_parameters():
+            self.register_parameter(name, parameter)
 
     def forward(self, input, hx=None, lengths=None):
         """All outputs, and the state (h_n, c_n) at each sequence's end.
@@ -327,10 +286,8 @@ class LSTM(torch.nn.Module):
         """
         packed = isinstance(input, PackedSequence)
         if packed and lengths is not None:
-            raise ValueError(
-                "lengths must be None for a PackedSequence, which has its own"
-            )
-        if not packed and not isinstance(input, torch.Tensor):
+            raise ValueError("lengths must be None for a PackedSequence: it has its own")
+        if not isinstance(input, torch.Tensor | PackedSequence):
             got = type(input).__name__
             raise TypeError(f"input must be a tensor or a PackedSequence, got {got}")
         x, lengths = pad_packed_sequence(input) if packed else (input, lengths)
@@ -359,25 +316,24 @@ class LSTM(torch.nn.Module):
         return output.transpose(0, 1) if self.batch_first else output, state
 
     def states(self, x, hx, lengths):
-        """h and c before the first step and after each, (time + 1, batch, hidden_size)."""
+        # h and c before the first step and after each: (time + 1, batch, hidden_size)
         n_steps, n_sequences, _ = x.shape
-        if x.device.type != DEVICE:
-            got = x.device.type
+        got = x.device.type
+        if got != DEVICE:
             raise ValueError(f"input must be on device type {DEVICE!r}, got {got!r}")
         autocast, weight = torch.is_autocast_enabled(DEVICE), self.weight_hh_l0
         if not autocast and weight.dtype != x.dtype:
-            raise TypeError(
-                f"input must be {weight.dtype}, as the weights, got {x.dtype}"
-            )
+            got = f"got {x.dtype}"
+            raise TypeError(f"input must be {weight.dtype}, as the weights, {got}")
         shape = 1, n_sequences, self.hidden_size
         hx = [x.new_zeros(shape)] * 2 if hx is None else hx
         pair = isinstance(hx, tuple | list | torch.Tensor) and len(hx) == 2
         if not pair or not all(isinstance(part, torch.Tensor) for part in hx):
             raise TypeError("hx must be None or a pair of tensors")
-        if any(part.shape != shape for part in hx):
-            got = [tuple(part.shape) for part in hx]
-            raise ValueError(f"hx must be two tensors of shape {shape}, got {got}")
         for part in hx:
+            if part.shape != shape:
+                got = tuple(part.shape)
+                raise ValueError(f"hx must be two tensors of shape {shape}, got {got}")
             if part.device != x.device:
                 raise ValueError(f"hx must be on {x.device}, as input, got {part.device}")
             if not autocast and part.dtype != x.dtype:
@@ -389,8 +345,8 @@ class LSTM(torch.nn.Module):
                 got = f"shape {tuple(lengths.shape)} on {lengths.device}"
                 raise ValueError(f"lengths must be {n_sequences} on the CPU, got {got}")
             if n_sequences > 0 and not 0 <= lengths.min() <= lengths.max() <= n_steps:
-                got = lengths.tolist()
-                raise ValueError(f"lengths must be from 0 to {n_steps}, got {got}")
+                got = f"0 to {n_steps}, got {lengths.tolist()}"
+                raise ValueError(f"lengths must be from {got}")
             lengths = lengths.to(x.device)
             steps = torch.arange(n_steps, device=x.device)[:, None, None]
             x = x.masked_fill(steps >= lengths[:, None], 0)  # padding may hold NaN
@@ -400,15 +356,18 @@ class LSTM(torch.nn.Module):
             seeds = torch.randint(2**62, (2,), device=x.device)
             rates = self.dropout, self.recurrent_dropout
         G = 4 if self.implementation == 1 else 1
+        draw = gate_dropout_op if torch.compiler.is_compiling() else launch_gate_dropout
         # Products are fastest when rows start at multiples of 16 bytes: add units that stay 0.
         H, extra = self.hidden_size, -self.hidden_size % 8
         weight_ih = pad(self.weight_ih_l0.view(4, H, -1), (0, 0, 0, extra))
         weight_hh = pad(weight.view(4, H, H), (0, extra, 0, extra))
         bias = pad((self.bias_ih_l0 + self.bias_hh_l0).view(4, H), (0, extra))
 
-        masked = GateDropout.apply(x.expand(G, -1, -1, -1), rates[0], seeds[:1])
+        ones = x.new_ones(G, 1, n_sequences, self.input_size)
+        kept = draw(ones, rates[0], seeds[:1]) > 0
+        x = torch.where(kept, x * threshold_and_scale(rates[0])[1], 0.0)
         weight_ih = weight_ih.view(G, -1, self.input_size)
-        gates = torch.baddbmm(bias.view(G, 1, -1), masked.flatten(1, 2), weight_ih.mT)
+        gates = torch.baddbmm(bias.view(G, 1, -1), x.flatten(1, 2), weight_ih.mT)
         gates = gates.view(G, n_steps, n_sequences, 4 // G, H + extra)
         gates = gates.permute(1, 2, 0, 3, 4)
         h, c, _ = LSTMSteps.apply(
@@ -434,11 +393,10 @@ if __name__ == "__main__":
     reference = torch.nn.LSTM(4, 7).to(x)
     lstm = LSTM(4, 7).to(x)
     lstm.load_state_dict(reference.state_dict())
-    results = []
-    for module in (lstm, reference):
-        y = module(x)[0]
-        inputs = [x, *module.parameters()]
-        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
+    results = [
+        torch.autograd.grad(module(x)[0].sin().sum(), [x, *module.parameters()])
+        for module in (lstm, reference)
+    ]
     torch.testing.assert_close(*results)
     packed = pack_padded_sequence(x, [5, 3, 2])
     torch.testing.assert_close(lstm(packed)[0].data, reference(packed)[0].data)
@@ -462,36 +420,29 @@ if __name__ == "__main__" and not INTERPRET:
     graphed = LSTM(4, 7, recurrent_dropout=0.3).to(DEVICE)
     x = torch.randn(5, 3, 4, device=DEVICE, requires_grad=True)
     torch.cuda.make_graphed_callables(graphed, (torch.randn_like(x).requires_grad_(),))
-    first = graphed(x)[0].clone()
-    assert not torch.equal(first, graphed(x)[0])
     torch.manual_seed(2)
-    first = graphed(x)[0].clone()
+    first, second = graphed(x)[0].clone(), graphed(x)[0].clone()
     torch.manual_seed(2)
-    assert torch.equal(graphed(x)[0], first)
+    assert torch.equal(graphed(x)[0], first) and not torch.equal(first, second)
     print("two replays draw two masks; the same seed draws the same masks")
 
 # %%
 # How fast is it?
 # ---------------
 #
-# The size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, and more or fewer units than its
-# 1150. Forward and backward together. Ours uses implementation 2, and so does the plain loop.
-# cuDNN's LSTM has no dropout on its state. Ours and cuDNN's are both captured in the same way, and
-# both launched as usual (dotted). The limit is the matrix products alone, captured. In float32 all
-# of them use TF32, which keeps 10 of the 23 fraction bits in a product's inputs.
+# The size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, about 1150 units. We time forward
+# and backward together, of implementation 2. cuDNN's LSTM has no dropout on its state. Both are
+# captured in the same way, and also launched as usual (dotted). The limit is the matrix products
+# alone. In float32 all use TF32, which keeps 10 of the 23 fraction bits of a product's inputs.
 
 
-class Loop(LSTM):
-    """The plain loop with shared masks, as one would write it."""
-
+class Loop(LSTM):  # with shared masks, as one would write it
     def forward(self, x):
-        drop, zeros = (
-            torch.nn.functional.dropout,
-            x.new_zeros(x.shape[1], self.hidden_size),
-        )
+        drop = torch.nn.functional.dropout
+        h = c = x.new_zeros(x.shape[1], self.hidden_size)
         masked = x * drop(torch.ones_like(x[0]), self.dropout)
         from_input = linear(masked, self.weight_ih_l0, self.bias_ih_l0 + self.bias_hh_l0)
-        mask, h, c, outputs = drop(zeros + 1, self.recurrent_dropout), zeros, zeros, []
+        mask, outputs = drop(torch.ones_like(h), self.recurrent_dropout), []
         for step in from_input:
             i, f, g, o = (step + linear(h * mask, self.weight_hh_l0)).chunk(4, dim=-1)
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
@@ -500,8 +451,7 @@ class Loop(LSTM):
         return torch.stack(outputs), c
 
 
-def products_alone(n_units, dtype):
-    """A call that replays the matrix products of a forward and a backward pass."""
+def products_alone(n_units, dtype):  # of a forward and a backward pass
     H = n_units + -n_units % 8
     sizes = (5600, 400), (5600, H), (5600, 4 * H), (4 * H, 400), (4 * H, H)
     x, h, d, W, U = (torch.randn(size, device=DEVICE, dtype=dtype) for size in sizes)
@@ -520,6 +470,7 @@ def products_alone(n_units, dtype):
     return graph.replay
 
 
+time_of = partial(triton.testing.do_bench, return_mode="median")
 LINES = {
     "ours, captured": ("fused, captured", "#d55e00", "-"),
     "ours": ("fused", "#d55e00", ":"),
@@ -544,24 +495,20 @@ LINES = {
     ]
 )  # fmt: skip
 def benchmark(line, n_units, dtype):
-    """Milliseconds of a forward and a backward pass."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     name, *captured = line.split(", ")
     if name == "products":
-        step = products_alone(n_units, dtype)
-        return triton.testing.do_bench(step, return_mode="median")
-    kind, rates = {"ours": LSTM, "loop": Loop}.get(name, torch.nn.LSTM), {}
+        return time_of(products_alone(n_units, dtype))
+    module = {"ours": LSTM, "loop": Loop, "cuDNN": torch.nn.LSTM}[name](400, n_units)
     if name != "cuDNN":
-        rates = {"dropout": 0.3, "recurrent_dropout": 0.3}
-    module = kind(400, n_units, **rates).to(DEVICE, dtype)
+        module.dropout = module.recurrent_dropout = 0.3
+    module.to(DEVICE, dtype)
     x = torch.randn(70, 80, 400, device=DEVICE, dtype=dtype, requires_grad=True)
     if captured:
         torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
     gradient = torch.randn(70, 80, n_units, device=DEVICE, dtype=dtype)
     inputs = [x, *module.parameters()]
-    return triton.testing.do_bench(
-        lambda: torch.autograd.grad(module(x)[0], inputs, gradient), return_mode="median"
-    )
+    return time_of(lambda: torch.autograd.grad(module(x)[0], inputs, gradient))
 
 
 if __name__ == "__main__" and not INTERPRET:
@@ -575,13 +522,12 @@ if __name__ == "__main__" and not INTERPRET:
             print(f" {ours / loop:15.2f} {ours / products:9.2f}")
 
 # %%
-# Look at the second column first: called as usual, cuDNN launches once for the whole sequence, and
-# we launch twice a step from Python. The first column compares the two without the CPU. Above 1,
-# cuDNN is ahead, and at most multiples of 128 it is ahead or level. Its fused loop has no recurrent
-# dropout, so the module here is for those who want it. At 1150 units cuDNN is slow, as far as this
-# run shows: compare 1152. Ours pads 1150 to 1152 units. So don't take 1150 for the rule.
+# A number above 1 means that the other is faster. Called as usual, cuDNN launches once for the whole
+# sequence, and we launch twice a step from Python. The first column compares the two without the
+# CPU: where the units are a multiple of 128, cuDNN is ahead or level at most widths. At 1150 units
+# it is slow, as far as this run shows; compare 1152. Ours pads 1150 to 1152 units.
 #
-# The last column is the price of everything between the products. The captured plain loop still
+# The last column is the price of all that is between the products. The captured plain loop still
 # runs a dozen small operators a step, each of which reads and writes its tensors.
 #
 # Exercises
@@ -605,14 +551,11 @@ if __name__ == "__main__" and not INTERPRET:
 #          +        H, extra = self.hidden_size, 0
 #
 #    2. The states of all units, batch × H numbers, since every column of the product needs all of
-#       them, and each program computes only its own. They pass through memory or L2, and the
-#       barrier keeps anyone from reading too early. It saves the launches, and the reading of U at
-#       every step, which doesn't change from step to step. For the barrier all programs must be on
-#       the GPU at the same time, and U must fit into their registers and shared memory.
+#       them. It saves the launches, and the reading of U at every step. For the barrier all programs
+#       must be on the GPU at once, and U must fit into their registers and shared memory.
 #
 # References
 # ----------
 #
-# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_,
-#   2016: how cuDNN's got fast.
+# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_, 2016.
 # - PyTorch's documentation of `CUDA graphs <https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs>`_.
