@@ -10,8 +10,8 @@ import torch
 from captured_lstm import (
     DEVICE,
     LSTM,
-    LSTMSteps,
     Loop,
+    LSTMSteps,
     launch_gate_dropout,
     lstm_steps_op,
 )
@@ -298,8 +298,6 @@ def test_masks_hold_for_all_steps_and_differ_elsewhere(implementation):
         assert abs(kept.mean() - 0.5) < 5 * 0.5 / kept.numel() ** 0.5
         if implementation == 1:
             assert len({tuple(gate.flatten().tolist()) for gate in mask}) == 4
-
-
 
 
 def test_draws_anew_and_not_in_evaluation(randn):
@@ -653,7 +651,7 @@ def test_states_of_another_kind_are_refused(randn):
     ]:
         with pytest.raises(error, match=message):
             lstm(x, hx)
-    with pytest.raises(TypeError, match="as the weights, got torch.float64"):
+    with pytest.raises(TypeError, match=r"as the weights, got torch\.float64"):
         lstm(x.double())
 
 

@@ -185,7 +185,7 @@ def launch_steps_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor,
 # --------------------
 #
 # A ``Function`` gives the steps to autograd. ``torch.compile`` gets an operator for each launch;
-# :ref:`operators` explains why. Gradients of gradients, and forward mode, are errors.
+# :ref:`operators` explains why. Gradients of gradients and forward mode are errors.
 
 import numbers
 from functools import partial
@@ -345,8 +345,8 @@ class LSTM(torch.nn.Module):
                 got = f"shape {tuple(lengths.shape)} on {lengths.device}"
                 raise ValueError(f"lengths must be {n_sequences} on the CPU, got {got}")
             if n_sequences > 0 and not 0 <= lengths.min() <= lengths.max() <= n_steps:
-                got = f"0 to {n_steps}, got {lengths.tolist()}"
-                raise ValueError(f"lengths must be from {got}")
+                got = lengths.tolist()
+                raise ValueError(f"lengths must be from 0 to {n_steps}, got {got}")
             lengths = lengths.to(x.device)
             steps = torch.arange(n_steps, device=x.device)[:, None, None]
             x = x.masked_fill(steps >= lengths[:, None], 0)  # padding may hold NaN
@@ -356,7 +356,6 @@ class LSTM(torch.nn.Module):
             seeds = torch.randint(2**62, (2,), device=x.device)
             rates = self.dropout, self.recurrent_dropout
         G = 4 if self.implementation == 1 else 1
-        draw = gate_dropout_op if torch.compiler.is_compiling() else launch_gate_dropout
         # Products are fastest when rows start at multiples of 16 bytes: add units that stay 0.
         H, extra = self.hidden_size, -self.hidden_size % 8
         weight_ih = pad(self.weight_ih_l0.view(4, H, -1), (0, 0, 0, extra))
@@ -364,7 +363,7 @@ class LSTM(torch.nn.Module):
         bias = pad((self.bias_ih_l0 + self.bias_hh_l0).view(4, H), (0, extra))
 
         ones = x.new_ones(G, 1, n_sequences, self.input_size)
-        kept = draw(ones, rates[0], seeds[:1]) > 0
+        kept = gate_dropout_op(ones, rates[0], seeds[:1]) > 0
         x = torch.where(kept, x * threshold_and_scale(rates[0])[1], 0.0)
         weight_ih = weight_ih.view(G, -1, self.input_size)
         gates = torch.baddbmm(bias.view(G, 1, -1), x.flatten(1, 2), weight_ih.mT)
@@ -383,9 +382,8 @@ class LSTM(torch.nn.Module):
 # Is it right?
 # ------------
 #
-# With nothing dropped it must agree with ``torch.nn.LSTM``, with the gradients of everything, and
-# for packed sequences too. In a padded batch, each sequence must come out as it would alone. Its
-# length may be 0, which ``torch.nn.LSTM`` refuses.
+# With nothing dropped the module must agree with ``torch.nn.LSTM``, all gradients included. In a
+# padded batch each sequence, also of length 0, must come out as it would alone.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -412,9 +410,9 @@ if __name__ == "__main__":
 # Capture the module
 # ------------------
 #
-# ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module. From
-# then on the module takes inputs of the captured shape only, and each replay overwrites the output
-# of the one before. PyTorch moves its generator on with every replay, so the masks change:
+# ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module, which
+# then takes inputs of the captured shape only. Each replay overwrites the output of the one before.
+# PyTorch moves its generator on with every replay, so the masks change:
 
 if __name__ == "__main__" and not INTERPRET:
     graphed = LSTM(4, 7, recurrent_dropout=0.3).to(DEVICE)
