@@ -169,9 +169,8 @@ def launch_steps_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor,
 # What a loop of launches costs
 # -----------------------------
 #
-# Every launch costs the CPU time, and a launch from Triton costs more than one of PyTorch's own
-# operators. We launch twice a step. If the GPU finishes a step before the CPU has launched the
-# next, it waits.
+# Every launch costs the CPU time, and we launch twice a step. If the GPU finishes a step before the
+# CPU has launched the next, it waits.
 #
 # .. image:: /_static/fused_lstm.svg
 #    :alt: A chain of steps. In each, a matrix product with U, then one kernel with gates, cell and mask, whose masked output enters the product of the next step.
@@ -184,8 +183,8 @@ def launch_steps_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor,
 # As a public function
 # --------------------
 #
-# A ``Function`` gives the steps to autograd. ``torch.compile`` gets an operator for each launch;
-# :ref:`operators` explains why. Gradients of gradients and forward mode are errors.
+# A ``Function`` gives the steps to autograd, and an operator gives each launch to ``torch.compile``;
+# see :ref:`operators`. Gradients of gradients and forward mode are errors.
 
 import numbers
 from functools import partial
@@ -216,6 +215,15 @@ def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
     return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
 
 
+class LSTMStepsBackward(torch.autograd.Function):
+    forward = staticmethod(launch_steps_backward)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("LSTM has no second derivatives: it is differentiable once")
+
+
 class LSTMSteps(torch.autograd.Function):
     @staticmethod
     def forward(from_input, weight, h0, c0, lengths, p, seed):
@@ -231,10 +239,9 @@ class LSTMSteps(torch.autograd.Function):
         ctx.save_for_backward(gates, weight, h, c, lengths, seed)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dh, dc, _):
         compiling = torch.compiler.is_compiling()
-        run = lstm_steps_backward_op if compiling else launch_steps_backward
+        run = lstm_steps_backward_op if compiling else LSTMStepsBackward.apply
         *saved, seed = ctx.saved_tensors
         return *run(dh, dc, *saved, ctx.n_real, ctx.p, seed), None, None, None
 
@@ -279,10 +286,9 @@ class LSTM(torch.nn.Module):
         """All outputs, and the state (h_n, c_n) at each sequence's end.
 
         ``input`` is a tensor, (time, batch, input_size), or a PackedSequence, of the weights'
-        dtype. ``hx`` is the first state: h and c, each (1, batch, hidden_size), or None for
-        zeros. ``lengths``, on the CPU, are those of the sequences of a padded batch, from 0 to
-        time: the output after a sequence's end is 0. The backward pass reads the outputs:
-        don't change them in place before it.
+        dtype. ``hx`` is the first h and c, each (1, batch, hidden_size), or None for zeros.
+        ``lengths`` are those of the sequences of a padded batch, on the CPU; the output after
+        an end is 0. The backward pass reads the outputs: don't change them in place.
         """
         packed = isinstance(input, PackedSequence)
         if packed and lengths is not None:
@@ -321,10 +327,9 @@ class LSTM(torch.nn.Module):
         got = x.device.type
         if got != DEVICE:
             raise ValueError(f"input must be on device type {DEVICE!r}, got {got!r}")
-        autocast, weight = torch.is_autocast_enabled(DEVICE), self.weight_hh_l0
-        if not autocast and weight.dtype != x.dtype:
-            got = f"got {x.dtype}"
-            raise TypeError(f"input must be {weight.dtype}, as the weights, {got}")
+        autocast, wanted = torch.is_autocast_enabled(DEVICE), self.weight_hh_l0.dtype
+        if not autocast and wanted != x.dtype:
+            raise TypeError(f"input must be {wanted}, as the weights, got {x.dtype}")
         shape = 1, n_sequences, self.hidden_size
         hx = [x.new_zeros(shape)] * 2 if hx is None else hx
         pair = isinstance(hx, tuple | list | torch.Tensor) and len(hx) == 2
@@ -359,10 +364,10 @@ class LSTM(torch.nn.Module):
         # Products are fastest when rows start at multiples of 16 bytes: add units that stay 0.
         H, extra = self.hidden_size, -self.hidden_size % 8
         weight_ih = pad(self.weight_ih_l0.view(4, H, -1), (0, 0, 0, extra))
-        weight_hh = pad(weight.view(4, H, H), (0, extra, 0, extra))
+        weight_hh = pad(self.weight_hh_l0.view(4, H, H), (0, extra, 0, extra))
         bias = pad((self.bias_ih_l0 + self.bias_hh_l0).view(4, H), (0, extra))
 
-        ones = x.new_ones(G, 1, n_sequences, self.input_size)
+        ones = x.new_ones(G, 1, *x.shape[1:])
         kept = gate_dropout_op(ones, rates[0], seeds[:1]) > 0
         x = torch.where(kept, x * threshold_and_scale(rates[0])[1], 0.0)
         weight_ih = weight_ih.view(G, -1, self.input_size)
@@ -391,14 +396,13 @@ if __name__ == "__main__":
     reference = torch.nn.LSTM(4, 7).to(x)
     lstm = LSTM(4, 7).to(x)
     lstm.load_state_dict(reference.state_dict())
-    results = [
+    results = (
         torch.autograd.grad(module(x)[0].sin().sum(), [x, *module.parameters()])
         for module in (lstm, reference)
-    ]
+    )
     torch.testing.assert_close(*results)
     packed = pack_padded_sequence(x, [5, 3, 2])
     torch.testing.assert_close(lstm(packed)[0].data, reference(packed)[0].data)
-
     output, (h_n, _) = lstm(x, lengths=[5, 0, 2])
     for b, length in enumerate([5, 0, 2]):
         alone, (h_alone, _) = lstm(x[:length, b : b + 1])
@@ -416,8 +420,8 @@ if __name__ == "__main__":
 
 if __name__ == "__main__" and not INTERPRET:
     graphed = LSTM(4, 7, recurrent_dropout=0.3).to(DEVICE)
-    x = torch.randn(5, 3, 4, device=DEVICE, requires_grad=True)
-    torch.cuda.make_graphed_callables(graphed, (torch.randn_like(x).requires_grad_(),))
+    x = torch.randn(5, 3, 4, device=DEVICE)
+    torch.cuda.make_graphed_callables(graphed, (x.clone(),))
     torch.manual_seed(2)
     first, second = graphed(x)[0].clone(), graphed(x)[0].clone()
     torch.manual_seed(2)
@@ -504,8 +508,7 @@ def benchmark(line, n_units, dtype):
     x = torch.randn(70, 80, 400, device=DEVICE, dtype=dtype, requires_grad=True)
     if captured:
         torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
-    gradient = torch.randn(70, 80, n_units, device=DEVICE, dtype=dtype)
-    inputs = [x, *module.parameters()]
+    inputs, gradient = [x, *module.parameters()], torch.randn_like(module(x)[0])
     return time_of(lambda: torch.autograd.grad(module(x)[0], inputs, gradient))
 
 
@@ -525,8 +528,8 @@ if __name__ == "__main__" and not INTERPRET:
 # CPU: where the units are a multiple of 128, cuDNN is ahead or level at most widths. At 1150 units
 # it is slow, as far as this run shows; compare 1152. Ours pads 1150 to 1152 units.
 #
-# The last column is the price of all that is between the products. The captured plain loop still
-# runs a dozen small operators a step, each of which reads and writes its tensors.
+# The last column is the price of all that is between the products. The plain loop still runs a dozen
+# small operators a step, each of which reads and writes its tensors.
 #
 # Exercises
 # ---------
@@ -540,17 +543,15 @@ if __name__ == "__main__" and not INTERPRET:
 #    Try it first.
 #
 #    1. The results stay the same. But 1150 numbers of 2 or of 4 bytes are no multiple of 16 bytes,
-#       so rows begin anywhere, and the products have to load them in smaller pieces. Expect the
-#       products to take longer, and the kernel of the step as long as before.
+#       so the products have to load rows in smaller pieces: expect them to take longer.
 #
 #       .. code-block:: diff
 #
 #          -        H, extra = self.hidden_size, -self.hidden_size % 8
 #          +        H, extra = self.hidden_size, 0
 #
-#    2. The states of all units, batch × H numbers, since every column of the product needs all of
-#       them. It saves the launches, and the reading of U at every step. For the barrier all programs
-#       must be on the GPU at once, and U must fit into their registers and shared memory.
+#    2. All states, batch × H numbers, since every column of the product needs them. It saves the
+#       launches and the reading of U, if all programs are on the GPU at once and U fits on the chip.
 #
 # References
 # ----------
