@@ -556,5 +556,5 @@ if __name__ == "__main__" and not INTERPRET:
 # References
 # ----------
 #
-# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_, 2016.
+# - `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_, by J. Appleyard, T. Kociský and P. Blunsom, 2016.
 # - PyTorch's documentation of `CUDA graphs <https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs>`_.
