@@ -43,7 +43,7 @@ targets: $(PACKAGES)  ## compile the kernels for GPUs that need not be here
 	$(RUN) tests/targets.py
 
 record: $(PACKAGES)  ## run the benchmarks on a GPU and write docs/results (LESSONS="NAME ...")
-	$(RUN) docs/_ext/record.py $(LESSONS)
+	PYTHONPATH=docs/_ext:$$PYTHONPATH $(RUN) -m benchmarks $(LESSONS)
 
 lint: $(PACKAGES)  ## check the style of the code, the spelling and the markup
 	@$(RUN) docs/_ext/packages.py ruff codespell sphinx-lint

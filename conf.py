@@ -28,13 +28,17 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "notfound.extension",
     "address",
+    "benchmarks.show",
     "bibliography",
     "course",
+    "findable",
     "fold",
     "glossary_links",
+    "large_figures",
     "lesson_runs",
+    "made_below",
     "mathml",
-    "recorded",
+    "notebooks",
     "related",
     "support",
     "triton_functions",
@@ -61,7 +65,7 @@ course = {
         "sparse_johnson_lindenstrauss",
         "very_sparse_projection",
     ],
-    "Recurrent": ["recurrent_dropout", "language_model", "fused_lstm", "masked_lstm"],
+    "Recurrent": ["recurrent_dropout", "language_model", "fused_lstm", "captured_lstm"],
     "On many GPUs": ["block_dropout", "sharded_dropout"],
 }
 
@@ -78,6 +82,17 @@ sphinx_gallery_conf = {
     "reset_modules": ("matplotlib", "figures.style"),
     "notebook_images": True,
 }
+
+# The figure at the head of the site and of the README: a folder of docs/results, and a benchmark.
+recorded_headline = "nvidia-h100-80gb-hbm3", "softmax_tiles.softmax-tiles-bfloat16"
+
+# Words of the glossary mean something else in these.
+glossary_exceptions = [
+    "attention mask",
+    "block of H rows",
+    "blocks of H rows",
+    "in stages",
+]
 
 # A lesson that takes longer than so many seconds is ended, and fails the build.
 lesson_limit = 300

@@ -3,11 +3,12 @@
 Each version is installed into a folder of its own under ``_build/matrix``, in front of the
 environment's, so that PyTorch is installed once. The kernels run in the interpreter. What came of it
 is kept in ``docs/results/versions.json`` after each lesson, and shown on the page *Install and
-build*. A run that was interrupted goes on where it stopped: a lesson is tried again when it has
-changed, when its tests have, or when one of them failed. ``make matrix TRITON="3.9.0"
+build*. A run that was interrupted goes on where it stopped: a lesson is tried again when its
+code has changed, when its tests have, or when one of them failed. ``make matrix TRITON="3.9.0"
 LESSONS="fused_softmax"`` chooses among them.
 """
 
+import ast
 import hashlib
 import json
 import os
@@ -58,13 +59,22 @@ def versions_in(folder):
     return json.loads(output)
 
 
+def code(path):
+    """What Python sees of a file: no comments, and not the text at its top."""
+    module = ast.parse(path.read_text())
+    return ast.unparse(module.body[ast.get_docstring(module) is not None :])
+
+
 def state(lesson):
-    """Changes when the lesson or its tests change; for the answers, when any lesson does."""
-    lessons = LESSONS[:-1] if lesson == "solutions" else [lesson]
-    files = [ROOT / f"tutorials/{name}.py" for name in lessons]
-    files += [ROOT / "tests/conftest.py", ROOT / f"tests/test_{lesson}.py"]
-    content = b"".join(path.read_bytes() for path in files)
-    return hashlib.sha256(content).hexdigest()[:12]
+    """Changes when the lesson's code or its tests do; for the answers, when any lesson does."""
+    if lesson == "solutions":
+        content = [(ROOT / f"tutorials/{name}.py").read_text() for name in LESSONS[:-1]]
+    else:
+        content = [code(ROOT / f"tutorials/{lesson}.py")]
+    content += [
+        code(ROOT / f"tests/{name}.py") for name in ("conftest", f"test_{lesson}")
+    ]
+    return hashlib.sha256("".join(content).encode()).hexdigest()[:12]
 
 
 def outcome(report):

@@ -114,6 +114,21 @@ def test_parameters_are_accepted_where_no_gradient_is_asked_for(randn):
         torch.testing.assert_close(dropout(x, x_keep, 0.4), reference(x, x_keep, 0.4))
 
 
+def test_derivatives_are_an_error_and_not_a_zero(randn):
+    x, x_keep = randn(9), keep_mask(9)
+    for transform in (
+        lambda f: torch.func.grad(lambda x: f(x).sum())(x),
+        lambda f: torch.func.jvp(f, (x,), (x,)),
+    ):
+        with pytest.raises(ValueError, match="requires a gradient"):
+            transform(lambda x: dropout(x, x_keep, 0.4))
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(ValueError, match="requires a gradient"),
+    ):
+        dropout(torch.autograd.forward_ad.make_dual(x, x), x_keep, 0.4)
+
+
 def test_p_of_one_gives_zeros(randn):
     x = randn(100)
     x[:3] = torch.tensor([math.inf, -math.inf, math.nan])

@@ -177,6 +177,21 @@ def test_errors(x, error, message):
         row_softmax(x)
 
 
+def test_derivatives_are_an_error_and_not_a_zero(randn):
+    x = randn(3, 5)
+    for transform in (
+        lambda: torch.func.grad(lambda x: row_softmax(x).sum())(x),
+        lambda: torch.func.jvp(row_softmax, (x,), (x,)),
+    ):
+        with pytest.raises(ValueError, match="requires a gradient"):
+            transform()
+    with (
+        torch.autograd.forward_ad.dual_level(),
+        pytest.raises(ValueError, match="requires a gradient"),
+    ):
+        row_softmax(torch.autograd.forward_ad.make_dual(x, x))
+
+
 @pytest.mark.gpu
 def test_tensor_on_the_cpu_is_refused():
     with pytest.raises(ValueError, match="got 'cpu'"):

@@ -366,3 +366,10 @@ def test_memory_that_is_held_between_forward_and_backward():
     for _ in range(5):
         y = matrix_dropout(y, 0.1, seeds)
     assert torch.cuda.memory_allocated() - before == y.nbytes
+
+
+def test_a_gradient_pulled_back_by_torch_func(randn):
+    x, seeds = randn(4, 6), seeds_for(4)
+    _, pull_back = torch.func.vjp(lambda x: matrix_dropout(x, 0.5, seeds), x)
+    ones = torch.ones_like(x)
+    assert torch.equal(pull_back(ones)[0], matrix_dropout(ones, 0.5, seeds))

@@ -172,6 +172,32 @@ def test_a_gradient_that_can_be_differentiated_is_the_same(randn, dtype):
     torch.testing.assert_close(plain, differentiable.detach())
 
 
+def test_gradients_of_torch_func(randn):
+    x, w = randn(3, 7), randn(3, 7)
+    for grad in (
+        torch.func.grad,
+        lambda f: lambda x: torch.func.vjp(f, x)[1](f(x) * 0 + 1)[0],
+    ):
+        found, expected = (
+            grad(lambda x, f=f: (f(x) * w).sum())(x)
+            for f in (slice_softmax, lambda x: torch.softmax(x, dim=-1))
+        )
+        torch.testing.assert_close(found, expected)
+
+    def second(f):
+        first = torch.func.grad(lambda x: (f(x) * w).sum())
+        return torch.func.grad(lambda x: first(x).square().sum())(x)
+
+    torch.testing.assert_close(
+        second(slice_softmax), second(lambda x: torch.softmax(x, dim=-1))
+    )
+    with torch.no_grad():
+        y, pull_back = torch.func.vjp(slice_softmax, x)
+        torch.testing.assert_close(
+            pull_back(w)[0], torch._softmax_backward_data(w, y, -1, y.dtype)
+        )
+
+
 def test_forward_mode_is_an_error_and_not_a_zero(randn):
     x = randn(3, 5)
     with torch.autograd.forward_ad.dual_level():

@@ -84,8 +84,8 @@ def test_what_failed_or_changed_is_run_again(scripted, monkeypatch):
 
 def test_a_lesson_that_does_not_exist_is_a_sentence(scripted, monkeypatch, tmp_path):
     (tmp_path / "versions.json").write_text("{}")
-    message, _ = scripted(passes, "3.9.0", "fisrt")
-    assert message == "there is no lesson fisrt, only first, second, solutions"
+    message, _ = scripted(passes, "3.9.0", "mistyped")
+    assert message == "there is no lesson mistyped, only first, second, solutions"
 
 
 def test_outcome_of_a_run(tmp_path):
@@ -103,7 +103,7 @@ def test_outcome_of_a_run(tmp_path):
     assert matrix.outcome(tmp_path / "absent.xml")["failed"]
 
 
-def test_a_lesson_is_run_again_when_its_tests_change(tmp_path, monkeypatch):
+def test_a_lesson_is_run_again_when_its_code_or_its_tests_change(tmp_path, monkeypatch):
     for name in ("tutorials/first.py", "tests/conftest.py", "tests/test_first.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
@@ -111,6 +111,8 @@ def test_a_lesson_is_run_again_when_its_tests_change(tmp_path, monkeypatch):
     states = {matrix.state("first")}
     for name in ("tutorials/first.py", "tests/test_first.py"):
         (tmp_path / name).write_text("pass")
+        states.add(matrix.state("first"))
+        (tmp_path / name).write_text('"""Prose."""\n\npass  # more prose')
         states.add(matrix.state("first"))
     assert len(states) == 3
 

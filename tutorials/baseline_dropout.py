@@ -219,25 +219,47 @@ if __name__ == "__main__" and not INTERPRET:
     speed = benchmark.run(show_plots=True, return_df=True)
     layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
     print(tabulate(speed[::3], "keys", **layout))
-    n_elements, with_bool, with_int32, operators, copy = speed.iloc[-1]
-    rows = [
-        ["bool mask", 8 / 9, with_bool / copy],
-        ["int32 mask", 8 / 12, with_int32 / copy],
-        ["x * x_keep / (1 - p)", 8 / 17, operators / copy],
-    ]
-    headers = ["share of the copy", "predicted", f"measured, {n_elements:.0f} elements"]
-    print("\n" + tabulate(rows, headers, floatfmt=".0%"))
+
+    small, large = speed.iloc[0], speed.iloc[-1]
+    rows = []
+    for i, n_bytes in enumerate([9, 12, 17, 8], start=1):  # for each element
+        microseconds = 8 * small.iloc[0] / small.iloc[i] / 1e3
+        name, share = (
+            speed.columns[i].removesuffix(" (GB/s)"),
+            large.iloc[i] / large.iloc[-1],
+        )
+        rows.append([name, 8 / n_bytes, share, microseconds])
+    n_small, n_large = f"{small.iloc[0]:.0f} elements", f"{large.iloc[0]:.0f} elements"
+    headers = ["", "share of the copy, predicted", f"measured, {n_large}"]
+    headers += [f"microseconds, {n_small}"]
+    layout = {"floatfmt": ("", ".0%", ".0%", ".1f"), "maxheadercolwidths": 18}
+    print("\n" + tabulate(rows, headers, **layout))
+
+    x = torch.randn(2**27, device=DEVICE)
+    x_keep = x > 0
+    copy = triton.testing.do_bench(x.clone, return_mode="median") / 8
+    for name, run, n_bytes in [
+        ("x * x_keep", lambda: x * x_keep, 9),
+        ("x / (1 - p)", lambda: x / (1 - 0.5), 8),
+    ]:
+        time = triton.testing.do_bench(run, return_mode="median") / n_bytes
+        print(f"{name:11} alone: its bytes move at {copy / time:.0%} of the copy's speed")
 
 # %%
-# Dropout without a mask moves 8 bytes for each element in float32. With an int32 mask it moves 12,
-# which leaves two thirds of the copy's speed, and with a bool mask 9. The two operators move 17,
-# because the product goes to memory and comes back. The last table compares these predictions with
-# what was measured. Where a measured share is well below the predicted one, something other than
-# bytes takes time, and counting bytes does not say what.
+# Dropout without a mask moves 8 bytes for each element in float32. A bool mask adds 1, an int32
+# mask adds 4, and the two operators move 17 in all, because the product goes to memory and comes
+# back. So the kernel should reach 8/9 or 8/12 of the copy's speed, and the operators 8/17.
 #
-# The prediction holds for large tensors only. On the left of the figure all versions take a few
-# microseconds, whatever they move, because the CPU can't launch them any faster. And the mask had
-# to be drawn and written in the first place, which this figure does not even count.
+# Compare the two columns of the second table. For our kernel the count is confirmed with both
+# masks: a large tensor takes as long as its bytes take. The operators stay below their count, so
+# bytes do not explain all of their time. The two lines below the table take them apart. If a line
+# is well below 100%, that operator spends time on something else than moving bytes. Counting does
+# not tell you on what; :ref:`inside a kernel` shows how to look further.
+#
+# Small tensors are another matter. At the smallest size every kernel takes a few microseconds,
+# whatever it moves, and the two operators take twice that, because they are two kernels. This is the
+# time that it takes to start a kernel and to end it. And the mask had to be drawn and written in the
+# first place, which this figure does not even count.
 #
 # **Trouble with repetition.** Drawing the mask changes the state of a random number generator. A
 # computation that is run again draws another one, unless somebody saved that state and put it
@@ -324,7 +346,8 @@ def dropout(x, x_keep, p):
             f"x and x_keep must be on one device of type {DEVICE!r}, "
             f"got {x.device} and {x_keep.device}"
         )
-    if x.requires_grad and torch.is_grad_enabled():
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # None but in forward mode
+    if (x.requires_grad and torch.is_grad_enabled()) or tangent is not None:
         raise ValueError(
             "x requires a gradient, which dropout does not compute; pass x.detach()"
         )
@@ -337,10 +360,8 @@ def dropout(x, x_keep, p):
 
 
 if __name__ == "__main__":
-    x, x_keep = (
-        torch.randn(77, 53, device=DEVICE).T,
-        torch.rand(53, 77, device=DEVICE) > 0.1,
-    )
+    x, x_keep = torch.randn(77, 53, device=DEVICE).T, torch.rand(53, 77) > 0.1
+    x_keep = x_keep.to(DEVICE)
     y = dropout(x, x_keep, 0.1)
     torch.testing.assert_close(y, torch.where(x_keep, x / (1 - 0.1), 0.0))
     print("a transposed tensor agrees")

@@ -301,9 +301,12 @@ if __name__ == "__main__" and not INTERPRET:
 # could still gain. (A line can lie a little above the copy, because the copy is only a kernel,
 # too.)
 #
-# On the left of the figure all lines fall. The matrix is small there, and the GPU is done with it
-# in a few millionths of a second. But the CPU needs about as long to launch the kernel, so the GPU
-# waits for the next one: the launch is *CPU-bound*. You will see this on the left of every figure.
+# On the left of the figure all lines fall. The matrix is small there, and a kernel needs a few
+# millionths of a second to start and to end, however little it moves. You will see this on the left
+# of every figure. In a program with many such kernels something else comes on top: the CPU often
+# takes longer to launch a kernel than the GPU takes to run it, and then the GPU waits. The program
+# is *CPU-bound*. ``do_bench`` does not show that, because the CPU launches your kernel while the GPU
+# is still clearing the cache. :ref:`operators` measures it.
 #
 # Where it loses
 # --------------
@@ -401,7 +404,8 @@ def row_softmax(x):
         )
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    if x.requires_grad and torch.is_grad_enabled():
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # None but in forward mode
+    if (x.requires_grad and torch.is_grad_enabled()) or tangent is not None:
         raise ValueError(
             "x requires a gradient, which row_softmax does not compute; use tile_softmax, "
             "of the lesson on softmax in tiles, or pass x.detach()"

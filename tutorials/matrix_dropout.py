@@ -54,14 +54,13 @@ if __name__ == "__main__":
 # Why a seed per row?
 # -------------------
 #
-# Think of rows as samples, and of a seed as a sample's number together with the training step. Then
-# a sample that you evaluate alone gives what it gave in its batch. You can divide a batch among two
-# GPUs or eight, go on with another batch size, pad a batch or sort it by length: every sample keeps
-# its mask.
+# Think of a row as a sample, and of its seed as a number made from the sample's number and the
+# training step. Then a sample that you evaluate alone gives what it gave in its batch. You can
+# divide a batch among two GPUs or eight, pad it or sort it by length: every sample keeps its mask.
 #
-# :ref:`seeded dropout` says what decides on element i under a seed: word i mod 4 of Philox for the
-# counter ⌊i / 4⌋. Here i is the *column*, and the seed is the row's. **Row r of the result is
-# what** ``seeded_dropout4x(x[r], p, seeds[r])`` **gives, bit for bit.**
+# In :ref:`seeded dropout`, element i is kept or dropped by word i mod 4 of Philox for the counter
+# ⌊i / 4⌋. Here i is the *column*, and the seed is the row's. So row r of the result is what
+# ``seeded_dropout4x(x[r], p, seeds[r])`` gives, bit for bit.
 #
 # What a stride is
 # ----------------
@@ -69,8 +68,8 @@ if __name__ == "__main__":
 # Memory has no rows and columns: it is one long line of elements. ``x.stride()`` says for each
 # dimension how many elements to move on for the next index, so element (r, c) lies at
 # r · stride(0) + c · stride(1), counted from the first. Transposing swaps the two strides and moves
-# no element. Every second column of ``x`` is the same memory with the second stride doubled, and one
-# row repeated has a stride of 0.
+# no element. Taking every second column doubles the second stride. A row that is repeated has a
+# stride of 0.
 #
 # .. image:: /_static/strides.svg
 #    :alt: One line of twelve elements in memory, read in four ways: as three rows of four with strides 4 and 1, transposed with strides 1 and 4, every second column with strides 4 and 2, and the first row repeated with strides 0 and 1.
@@ -99,23 +98,14 @@ if __name__ == "__main__":
 # and the others only 65535.
 #
 # Each program loads the seeds of its rows. Philox takes a block of seeds just as it takes a single
-# one, and the four words are interleaved along the columns as in :ref:`seeded dropout`.
+# one. The four words are interleaved along the columns, as in :ref:`seeded dropout`.
 
 
 @triton.jit
 def matrix_dropout_kernel(
-    y_ptr,
-    x_ptr,
-    seeds_ptr,
-    n_rows,
-    n_cols,
-    x_row_stride,
-    x_col_stride,
-    threshold,
-    scale: tl.float64,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    y_ptr, x_ptr, seeds_ptr, n_rows, n_cols, x_row_stride, x_col_stride,
+    threshold, scale: tl.float64, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     tiles_in_a_row = tl.cdiv(n_cols, COLS)
     # A large matrix has more than 2^31 elements, so positions are computed in 64 bits.
     pid = tl.program_id(0).to(tl.int64)
@@ -189,8 +179,8 @@ def launch_matrix_dropout(x: torch.Tensor, p: float, seeds: torch.Tensor) -> tor
 # The masks follow the rows
 # -------------------------
 #
-# Eight samples, each in a colour of its own; what is dropped is blank. On the right the same batch
-# after shuffling, seeds along with the samples.
+# The picture shows eight samples, each in a colour of its own, and leaves blank what is dropped. On
+# the right is the same batch after its samples were shuffled together with their seeds.
 
 if __name__ == "__main__":
     import matplotlib.pyplot as plt
@@ -245,10 +235,11 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. At 8 columns of bfloat16
-# the seed adds a quarter to the bytes of its row, and at 64 columns a thirtieth, so from there on
-# the limit is about a copy. The figure shows GB/s of ``x`` and ``y`` alone, so what the seeds cost
-# shows on the left.
+# Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. A row of 8 columns has 64
+# bytes of ``x`` and ``y`` in float32, so with its seed it should reach 64/72 of a copy's speed. In
+# bfloat16 it has 32, and should reach 32/40. At 64 columns a seed hardly counts, and the limit is a
+# copy. ``F.dropout`` moves a byte more for each element, its mask, and should reach 8/9 in float32
+# and 4/5 in bfloat16. The figure shows GB/s of ``x`` and ``y`` alone.
 
 
 def picoseconds(run, n):
@@ -293,23 +284,26 @@ if __name__ == "__main__" and not INTERPRET:
             f"{(matrix / torch_dropout)[wide].min():.2f} times F.dropout or more, "
             f"transposed {(transposed / copy)[wide].min():.0%} of the copy or more;\n"
             f"at 8 columns {(matrix / copy)[0]:.0%} of the copy and "
-            f"{(matrix / torch_dropout)[0]:.2f} times F.dropout.\n"
+            f"{(matrix / torch_dropout)[0]:.2f} times F.dropout, "
+            f"which reaches {(torch_dropout / copy)[0]:.0%} of the copy.\n"
         )
 
 # %%
-# The worst figure is that of 8 columns in bfloat16, where even ``F.dropout`` may be faster. The
-# seeds are part of the reason. The other part is that 8 is no multiple of 16, so the compiler can't
-# know that each row begins at a multiple of 16 bytes, and every element is loaded by itself.
-# :ref:`softmax tiles` shows what to do about that.
-
-# %%
+# In float32 the count is confirmed, from 8 columns up. The worst figure is that of 8 columns in
+# bfloat16: it is far below 32/40, and on an H100 ``F.dropout`` is faster there. The seeds explain
+# the first fifth only. The rest comes from narrow loads: 8 is no multiple of 16, so the compiler
+# can't know that each row begins at a multiple of 16 bytes, and every element is loaded and stored
+# by itself. From 16 columns on it does know, and the line jumps up. :ref:`softmax tiles` shows what
+# to do about other widths. (``F.dropout`` stays below its count as well, for reasons that the bytes
+# don't tell.)
+#
 # What a bad access pattern costs
 # -------------------------------
 #
 # Now give a transposed matrix the tile of a contiguous one: a single row of 2048 elements, each far
-# from the next. The result is the same, bit for bit, but it takes longer. Each element asks for a
-# piece of 32 bytes, and most of the piece is not used, although the cache keeps some of it for
-# neighbouring rows. The last column is what many functions do: they call ``x.contiguous()`` first.
+# from the next in memory. The result is the same, bit for bit. But each element needs a piece of 32
+# bytes of its own, and most of the piece is thrown away, unless a neighbouring row finds it in the
+# cache. The last column of the table is what many functions do: they call ``x.contiguous()`` first.
 # That copy also reads or writes elements that are far apart, and then everything is read and
 # written once more.
 
@@ -339,9 +333,9 @@ if __name__ == "__main__" and not INTERPRET:
 # --------------------
 #
 # For given seeds dropout is linear, so the backward pass is the same kernel on the incoming
-# gradient, and only the seeds are kept for it, 8 bytes for each row. ``save_for_backward`` keeps
-# them, and raises an error if someone changes them in place before the backward pass.
-# :ref:`operators` explains why there are both an operator and a ``Function``.
+# gradient. Only the seeds are kept for it, 8 bytes for each row. ``save_for_backward`` also raises
+# an error if someone changes them in place before the backward pass. :ref:`operators` explains the
+# operator, the ``Function`` and ``apply``.
 
 import numbers
 
@@ -364,46 +358,32 @@ class MatrixDropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        # Not the apply from below: torch.func may have wrapped the seeds.
         return MatrixDropout.apply(gradient, ctx.p, *ctx.saved_tensors), None, None
+
+
+quick_apply = super(torch.autograd.Function, MatrixDropout).apply
+
+
+def apply(*arguments):
+    # Function.apply looks up the arguments' names, which costs more than all the rest.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return MatrixDropout.apply(*arguments)
+    return quick_apply(*arguments)
 
 
 def matrix_dropout(x, p, seeds):
     """Drop elements of a matrix with probability p, each row under a seed of its own.
 
-    Element (r, c) is kept, and multiplied by 1 / (1 - p), when word c mod 4 of
-    Philox4x32 with ten rounds, the key seeds[r] and the counter c // 4, is at least
-    p * 2^32, rounded to an integer. So row r is what ``seeded_dropout4x(x[r], p,
-    seeds[r])`` gives, and depends on no other row. Differentiable in reverse mode, also
-    twice, and usable under ``torch.compile`` and activation checkpointing.
-
-    Parameters
-    ----------
-    x : torch.Tensor
-        Shape (rows, columns) with any strides, on the GPU (on the CPU when Triton
-        interprets); float16, bfloat16, float32 or float64.
-    p : float
-        The probability of dropping an element, in [0, 1], rounded to a multiple of
-        2^-32. 0 returns a copy of ``x``, bit for bit; 1 returns zeros.
-    seeds : torch.Tensor
-        Shape (rows,), of any integer dtype. They are copied to the device of ``x`` if
-        they are elsewhere. A negative seed is the same as that seed plus 2^64.
-
-    Returns
-    -------
-    torch.Tensor
-        Contiguous, with the shape and dtype of ``x``. A dropped inf or NaN becomes 0.
-
-    Raises
-    ------
-    TypeError
-        If an argument has another type or dtype.
-    ValueError
-        If ``x`` is no matrix or on another device, ``p`` is out of range, or there is
-        not one seed for each row.
-
-    References
-    ----------
-    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011.
+    ``x`` has shape (rows, columns) and any strides, is on the GPU (on the CPU when Triton
+    interprets), and is float16, bfloat16, float32 or float64. ``p``, in [0, 1], is rounded to
+    a multiple of 2^-32; 0 returns a copy, bit for bit, and 1 returns zeros. ``seeds`` has
+    shape (rows,), any integer dtype and any device; a negative seed is the same as itself
+    plus 2^64. The result is contiguous, and a dropped inf or NaN is 0 in it. Row r is what
+    ``seeded_dropout4x(x[r], p, seeds[r])`` gives: element c is kept, and multiplied by
+    1 / (1 - p), when word c mod 4 of Philox4x32 with ten rounds, the key seeds[r] and the
+    counter c // 4, is at least p * 2^32. Differentiable, also twice, in reverse mode only;
+    works under ``torch.compile``. Raises TypeError or ValueError for anything else.
     """
     for name, tensor in (("x", x), ("seeds", seeds)):
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
@@ -429,22 +409,22 @@ def matrix_dropout(x, p, seeds):
         )
     # As int64, a uint64 of 2^63 or more wraps to a negative number: the same 64 bits.
     seeds = seeds.to(x.device, torch.int64).contiguous()
-    return MatrixDropout.apply(x, float(p), seeds)
+    return apply(x, float(p), seeds)
 
 
 if __name__ == "__main__":
     from torch.utils.checkpoint import checkpoint
 
-    w = x.clone().requires_grad_()
-    matrix_dropout(w, p, seeds).sum().backward()
-    assert torch.equal(w.grad, matrix_dropout(torch.ones_like(x), p, seeds))
-    again, options = x.clone().requires_grad_(), {"preserve_rng_state": False}
-    z = checkpoint(matrix_dropout, again, p, seeds, use_reentrant=False, **options)
-    z.sum().backward()
-    assert torch.equal(again.grad, w.grad)
+    x, seeds = torch.randn(70, 130, device=DEVICE, requires_grad=True), torch.arange(70)
+    mask = matrix_dropout(torch.ones_like(x), p, seeds)
+    matrix_dropout(x, p, seeds).sum().backward()
+    assert torch.equal(x.grad, mask)
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    z = checkpoint(matrix_dropout, x, p, seeds, **options)
+    assert torch.equal(*torch.autograd.grad(z.sum(), x), mask)
     compiled = torch.compile(matrix_dropout, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x, p, seeds), y)
-    print("checkpointed, compiled: the same result, and the same gradient")
+    assert torch.equal(*torch.autograd.grad(compiled(x, p, seeds).sum(), x), mask)
+    print("alone, checkpointed, compiled: the gradient is the mask")
 
 # %%
 # Exercises
@@ -489,12 +469,10 @@ def check_column_dropout(answer):
 #       .. code-block:: diff
 #
 #          @@ in matrix_dropout_kernel
-#               x_row_stride,
-#          +    x_step_stride,
-#               x_col_stride,
-#          +    n_features,
-#               threshold,
-#               scale: tl.float64,
+#          -    y_ptr, x_ptr, seeds_ptr, n_rows, n_cols, x_row_stride, x_col_stride,
+#          -    threshold, scale: tl.float64, ROWS: tl.constexpr, COLS: tl.constexpr,
+#          +    y_ptr, x_ptr, seeds_ptr, n_rows, n_cols, x_row_stride, x_step_stride, x_col_stride,
+#          +    n_features, threshold, scale: tl.float64, ROWS: tl.constexpr, COLS: tl.constexpr,
 #          @@
 #          -    x_tile = x_ptr + rows[:, None] * x_row_stride + cols[None, :] * x_col_stride
 #          +    places = cols // n_features * x_step_stride + cols % n_features * x_col_stride

@@ -339,7 +339,9 @@ if __name__ == "__main__":
     for name in ("custom_op", "Library"):
         operator = WAYS[name] if name == "custom_op" else listed.default
         x = torch.ones(99, device=DEVICE, requires_grad=True)
-        print(f"{name} passed:", *torch.library.opcheck(operator, (x, 0.5, 7)))
+        print(
+            f"{name} passed:", *torch.library.opcheck(operator, (x, 0.5, 7)), sep="\n  "
+        )
 
 # %%
 # What does a call cost?

@@ -445,7 +445,7 @@ if __name__ == "__main__":
 #
 # - ``WeightDrop`` drops half of the weights unless told otherwise, and the original none;
 # - with ``variational=True`` the original drops in evaluation, too, and ours does not;
-# - the original renames the weights, so its saved files have names that end in ``_raw``;
+# - the original renames the weights, so its saved files have names that end in *raw*;
 # - embedding dropout is a module here, and there a function with one more argument, ``scale``.
 #
 # :ref:`language model` trains with all three, and measures what ``WeightDrop`` costs.

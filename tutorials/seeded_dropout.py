@@ -339,7 +339,8 @@ if __name__ == "__main__" and not INTERPRET:
 # everywhere and memory is not. ``torch.compile`` stores no mask, but it draws one word in four, as
 # our first kernel did, and in bfloat16 it waits for arithmetic as well.
 #
-# On the left of the figures the launch is CPU-bound, as explained in :ref:`fused softmax`.
+# On the left of the figures the tensors are so small that starting a kernel takes longest, as in
+# :ref:`fused softmax`.
 #
 # Are ten rounds too many? Philox passes the tests of its paper with seven. Try it in bfloat16:
 
@@ -439,7 +440,8 @@ def seeded_dropout4x(x, p, seed):
 def seeded_dropout(x, p, seed):
     """The same with one word, ``tl.rand(seed, i) >= p``: other masks, and no gradient."""
     check_arguments(x, p, seed)
-    if x.requires_grad and torch.is_grad_enabled():
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # None but in forward mode
+    if (x.requires_grad and torch.is_grad_enabled()) or tangent is not None:
         raise ValueError("x requires a gradient: use seeded_dropout4x, or detach x")
     p = float(p)
     return launch_seeded_dropout(x, p, int(seed)) if p < 1 else x.new_zeros(x.shape)

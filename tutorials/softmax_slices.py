@@ -210,9 +210,8 @@ def launch_slices(kernel, lag_bytes, *inputs):
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
     lag = min(SLICES + lag_bytes // (BLOCK * itemsize * len(inputs)), n_slices)
-    num_warps = (
-        BLOCK * max(itemsize, 4 // ALIGN) // (WARP * 64)
-    )  # 64 bytes for each thread
+    # 64 bytes for each thread
+    num_warps = BLOCK * max(itemsize, 4 // ALIGN) // (WARP * 64)
     # One word a thread or more: two threads that load the same word could disagree.
     WORDS = max(triton.next_power_of_2(SLICES), WARP * num_warps)
     word = torch.int64 if itemsize == 8 else torch.int32
@@ -396,11 +395,13 @@ slice_backward_op.register_fake(lambda dy, y: y.new_empty(y.shape))
 
 class SliceSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        run = slice_softmax_op if torch.compiler.is_compiling() else launch_slice_softmax
-        y = run(x)
-        ctx.save_for_backward(y)
-        return y
+    def forward(x):
+        compiling = torch.compiler.is_compiling()
+        return (slice_softmax_op if compiling else launch_slice_softmax)(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, dy):
@@ -410,6 +411,16 @@ class SliceSoftmax(torch.autograd.Function):
         if torch.is_grad_enabled():  # second derivatives: PyTorch's operator has them
             return torch._softmax_backward_data(dy, y, -1, y.dtype)
         return launch_slice_backward(dy, y)
+
+
+quick_apply = super(torch.autograd.Function, SliceSoftmax).apply
+
+
+def apply(x):
+    # Function.apply looks up the arguments' names, which costs more than all the rest.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return SliceSoftmax.apply(x)
+    return quick_apply(x)
 
 
 def slice_softmax(x):
@@ -428,7 +439,7 @@ def slice_softmax(x):
         raise ValueError(f"x must have 0 to 2^30 columns, got shape {tuple(x.shape)}")
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    return SliceSoftmax.apply(x)
+    return apply(x)
 
 
 # %%
@@ -451,6 +462,8 @@ def slice_softmax(x):
 # References
 # ----------
 #
-# - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_, 2018.
-# - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_, 2016.
+# - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_,
+#   2018.
+# - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_,
+#   2016.
 # - `QuACK <https://github.com/Dao-AILab/quack>`_ by Dao-AILab.

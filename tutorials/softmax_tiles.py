@@ -338,11 +338,13 @@ tile_backward_op.register_fake(lambda dy, y: y.new_empty(y.shape))
 
 class TileSoftmax(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x):
-        run = tile_softmax_op if torch.compiler.is_compiling() else launch_tile_softmax
-        y = run(x)
-        ctx.save_for_backward(y)
-        return y
+    def forward(x):
+        compiling = torch.compiler.is_compiling()
+        return (tile_softmax_op if compiling else launch_tile_softmax)(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, dy):
@@ -352,6 +354,16 @@ class TileSoftmax(torch.autograd.Function):
         if torch.is_grad_enabled():  # second derivatives: PyTorch's operator has them
             return torch._softmax_backward_data(dy, y, -1, y.dtype)
         return launch_tile_backward(dy, y)
+
+
+quick_apply = super(torch.autograd.Function, TileSoftmax).apply
+
+
+def apply(x):
+    # Function.apply looks up the arguments' names, which costs more than all the rest.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return TileSoftmax.apply(x)
+    return quick_apply(x)
 
 
 def tile_softmax(x):
@@ -381,7 +393,7 @@ def tile_softmax(x):
         )
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    return TileSoftmax.apply(x)
+    return apply(x)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""The look of the figures: those that the lessons draw, and those drawn from the record."""
+"""The look of the figures that the lessons draw; those of the record follow it."""
 
 import os
+import re
+
+import numpy as np
 
 COMMIT = os.environ.get("COMMIT") or "unknown"
 LOOK = {
@@ -19,25 +22,66 @@ def style(gallery_conf, fname):
     matplotlib.rcParams.update(LOOK)
 
 
+def last(line):
+    """The last value that a line has: a peer may refuse the largest sizes."""
+    values = np.asarray(line.get_ydata(), float)
+    return values[np.isfinite(values)][-1]
+
+
 def label_ends(axis):
     """Name each line at its right end, in its colour, and let a linear axis begin at 0."""
     if axis.get_yscale() == "linear":
         axis.set_ylim(bottom=0)
-    lines = sorted(axis.get_lines(), key=lambda line: line.get_ydata()[-1])
+    drawn = [line for line in axis.get_lines() if np.isfinite(line.get_ydata()).any()]
+    lines = sorted(drawn, key=last)
     to_share = axis.transData + axis.transAxes.inverted()
-    height = None
-    for line in lines:
-        _, y = to_share.transform((line.get_xdata()[-1], line.get_ydata()[-1]))
-        height = y if height is None else max(y, height + 0.055)  # names don't overlap
+    heights = [
+        to_share.transform((line.get_xdata()[-1], last(line)))[1] for line in lines
+    ]
+    for line, height in zip(lines, apart(heights), strict=True):
         axis.text(
             1.01, height, line.get_label(), color=line.get_color(), va="center",
             transform=axis.transAxes,
         )  # fmt: skip
 
 
+def apart(heights, gap=0.055, top=1.0):
+    """Rising heights, moved so far that names there don't overlap: up, and down from the top."""
+    result = []
+    for height in heights:
+        result.append(max(height, result[-1] + gap) if result else height)
+    for i in reversed(range(len(result))):
+        result[i] = min(result[i], top if i == len(result) - 1 else result[i + 1] - gap)
+    return result
+
+
 def sign(figure, text):
     """Write small below a figure what made it."""
     figure.text(0.9, -0.04, text, fontsize="x-small", color="#555555", ha="right")
+
+
+def message(axis):
+    """What a benchmark's figure shows, in the words in which those on record say it."""
+    import pandas as pd
+    from benchmarks import draw, schema
+    from matplotlib.colors import to_hex
+
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    looks = {
+        name: [to_hex(line.get_color()), line.get_linestyle()]
+        for name, line in lines.items()
+    }
+    columns = {
+        name: pd.Series(line.get_ydata(), line.get_xdata())
+        for name, line in lines.items()
+    }
+    benchmark = schema.Benchmark(
+        xlabel=axis.get_xlabel(), unit=axis.get_ylabel(), x_log=False, y_log=False,
+        lines=schema.roles(looks), commit=COMMIT, date="",
+    )  # fmt: skip
+    text = draw.message(benchmark, pd.DataFrame(columns, dtype=float))
+    # Sphinx-Gallery makes a text alternative of it, and puts that into HTML as it is.
+    return re.sub('"(.*?)"', r"‘\1’", text).translate(str.maketrans('"<>&', "”‹›+"))
 
 
 def sign_lesson(block, block_vars, gallery_conf):
@@ -52,33 +96,6 @@ def sign_lesson(block, block_vars, gallery_conf):
             if axis.get_legend() and not axis.get_title():
                 axis.get_legend().remove()
                 label_ends(axis)
+                axis.set_title(message(axis), loc="left", weight="bold")
         sign(figure, f"{machine}, commit {COMMIT}")
     return ""
-
-
-def read(path, benchmark, quantity=""):
-    """The recorded values of each line (or their ``", spread"``) over x."""
-    import pandas as pd
-
-    columns = [f"{line}{quantity} ({benchmark['unit']})" for line in benchmark["lines"]]
-    table = pd.read_csv(path, index_col=0)
-    return table[columns].set_axis(list(benchmark["lines"]), axis=1)
-
-
-def draw(table, benchmark, machine, path):
-    """Draw a recorded benchmark into the file ``path``."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(LOOK):
-        figure = Figure()
-        axis = figure.subplots()
-        for line, (colour, dashes) in benchmark["lines"].items():
-            axis.plot(table.index, table[line], label=line, color=colour, ls=dashes)
-        axis.set(xlabel=benchmark["xlabel"], ylabel=benchmark["unit"])
-        axis.set_xscale("log" if benchmark["x_log"] else "linear")
-        axis.set_yscale("log" if benchmark["y_log"] else "linear")
-        label_ends(axis)
-        made = "{gpu}, torch {torch}, triton {triton}, {date}, commit {commit}"
-        sign(figure, made.format(**machine | benchmark))
-        figure.savefig(path, dpi=110)

@@ -3,7 +3,11 @@
 Answers are notes whose first paragraph is "Try it first.". Nobody meets a solution unawares.
 """
 
+import re
+
 from docutils import nodes
+
+SHORT = 12  # lines of code that nobody minds
 
 
 def details(summary, content):
@@ -12,19 +16,32 @@ def details(summary, content):
     return [nodes.raw("", opening, format="html"), *content, closing]
 
 
+def inside(text):
+    """What a public function's code holds beside the function."""
+    marks = {
+        "checks of the arguments": "raise ",
+        "documentation": '"""',
+        "the gradient": "autograd.Function",
+        "registration": "torch.library",
+    }
+    found = [what for what, mark in marks.items() if mark in text]
+    return ", ".join(found) or "the functions"
+
+
 def fold(app, doctree):
     for note in list(doctree.findall(nodes.note)):
         first, *rest = note.children
         if first.astext() == "Try it first.":
             note.replace_self(details("Try it first. The answers are in here.", rest))
     for code in list(doctree.findall(nodes.literal_block)):
-        section, length = code.parent, len(code.astext().splitlines())
+        section, text = code.parent, code.astext()
+        length, defines = len(text.splitlines()), re.search("^(def|class) ", text, re.M)
         if code.get("language") != "Python" or not isinstance(section, nodes.section):
             continue
-        if section[0].astext() == "As a public function":
-            what = "checks of the arguments, documentation and registration"
-        elif "@triton.testing.perf_report" in code.astext():
+        if "@triton.testing.perf_report" in text:
             what = "the benchmark"
+        elif section[0].astext() == "As a public function" and defines and length > SHORT:
+            what = inside(text)
         else:
             continue
         copy = code.deepcopy()

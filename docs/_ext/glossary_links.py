@@ -1,4 +1,7 @@
-"""Link the first use of each of the glossary's terms in a lesson, so that lessons need no markup."""
+"""Link the first use of each of the glossary's terms in a lesson, so that lessons need no markup.
+
+``glossary_exceptions`` lists phrases in which a term means something else.
+"""
 
 import re
 from pathlib import Path
@@ -6,6 +9,17 @@ from pathlib import Path
 from docutils import nodes
 
 NOT_IN = (nodes.reference, nodes.literal, nodes.title, nodes.raw, nodes.image)
+
+
+def pattern(terms, exceptions):
+    """Matches a term as ``term``, and a phrase that only looks like one with no name."""
+
+    def any_of(phrases):
+        longest_first = sorted(map(re.escape, phrases), key=len, reverse=True)
+        return "|".join(longest_first).replace(r"\ ", r"\s+")
+
+    other = f"(?:{any_of(exceptions)})|" if exceptions else ""
+    return re.compile(rf"\b(?:{other}(?P<term>{any_of(terms)}))s?\b", flags=re.IGNORECASE)
 
 
 def link(app, doctree, docname):
@@ -20,11 +34,11 @@ def link(app, doctree, docname):
     }
     if not entries:
         return
-    longest_first = sorted(map(re.escape, entries), key=len, reverse=True)
-    word = re.compile(rf"\b({'|'.join(longest_first)})s?\b", flags=re.IGNORECASE)
+    word = pattern(entries, app.config.glossary_exceptions)
     linked = set()
     for paragraph in doctree.findall(nodes.paragraph):
-        if isinstance(paragraph.parent, nodes.Admonition):
+        small_print = "made" in paragraph["classes"]
+        if small_print or isinstance(paragraph.parent, nodes.Admonition):
             continue
         for text in list(paragraph.findall(nodes.Text)):
             ancestor = text.parent
@@ -34,8 +48,8 @@ def link(app, doctree, docname):
                 continue
             pieces, end = [], 0
             for match in word.finditer(text):
-                entry = entries[match[1].lower()]
-                if entry in linked:
+                entry = entries.get(" ".join((match["term"] or "").lower().split()))
+                if entry is None or entry in linked:
                     continue
                 linked.add(entry)
                 page, anchor = entry
@@ -50,5 +64,6 @@ def link(app, doctree, docname):
 
 
 def setup(app):
+    app.add_config_value("glossary_exceptions", [], "env", (list, tuple))
     app.connect("doctree-resolved", link)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

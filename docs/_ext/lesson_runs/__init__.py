@@ -112,6 +112,7 @@ def install_first(app, config):
 def setup(app):
     # A lesson that takes longer, in seconds, fails the build.
     app.add_config_value("lesson_limit", 300, "", int)
+    app.connect("config-inited", provenance.note_settings, priority=1)
     app.connect("config-inited", only_one)
     app.connect("config-inited", install_first)
     # Sphinx-Gallery looks at the lessons with priority 500.

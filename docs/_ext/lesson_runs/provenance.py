@@ -37,26 +37,28 @@ def gallery(app):
     return Path(app.srcdir) / app.config.sphinx_gallery_conf["gallery_dirs"]
 
 
-def digest(*paths):
-    result = hashlib.sha256()
+def digest(*paths, text=""):
+    result = hashlib.sha256(text.encode())
     for path in paths:
-        result.update(path.read_bytes())
+        result.update(Path(path).read_bytes())
     return result.hexdigest()
 
 
+def note_settings(app, config):
+    """Before Sphinx-Gallery adds what is not set, and things that change with each build."""
+    app.gallery_settings = json.dumps(
+        config.sphinx_gallery_conf, sort_keys=True, default=repr
+    )
+
+
 def settings(app):
-    """The files that decide how a lesson is run and its figures drawn."""
-    conf = app.config.sphinx_gallery_conf
-    named = [
-        name for name in (*conf["image_scrapers"], *conf["reset_modules"]) if "." in name
-    ]
-    modules = {name.rpartition(".")[0]: None for name in named}
-    drawing = [Path(importlib.import_module(name).__file__) for name in modules]
-    return [
-        Path(app.confdir) / "conf.py",
-        Path(app.confdir) / "requirements.txt",
-        *drawing,
-    ]
+    """A digest of what decides how a lesson is run and its figures drawn."""
+    conf = json.loads(app.gallery_settings)
+    named = [*conf.get("image_scrapers", []), *conf.get("reset_modules", [])]
+    modules = {name.rpartition(".")[0] for name in named if "." in name}
+    files = [importlib.import_module(name).__file__ for name in sorted(modules)]
+    files.append(Path(app.confdir) / "requirements.txt")
+    return digest(*files, text=app.gallery_settings)
 
 
 def made_with(app):
@@ -65,7 +67,7 @@ def made_with(app):
         "gpu": gpu(),
         "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
-        "settings": digest(*settings(app)),
+        "settings": settings(app),
     }
 
 
