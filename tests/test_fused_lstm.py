@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import torch
 import triton
@@ -36,7 +34,7 @@ def test_steps_agree_with_the_loop(randn, G, H):
         d_cells[-1] = dc
         gradients = launch_steps_backward(
             pad(dy, (0, 0, 0, 0, 1, 0)), d_cells, gates, inputs[1], states, cells,
-            lengths, H, p, seed,
+            lengths, p, seed,
         )  # fmt: skip
     for got, expected in zip((states[1:], *gradients), wanted, strict=True):
         torch.testing.assert_close(got.reshape(expected.shape), expected)
@@ -69,21 +67,6 @@ def test_known_words_decide(k, word):
     x, seed = torch.ones(4, 1, 1, 1, device=DEVICE), torch.tensor([0], device=DEVICE)
     assert launch_gate_dropout(x, word / 2**32, seed)[k] != 0
     assert launch_gate_dropout(x, (word + 1) / 2**32, seed)[k] == 0
-
-
-def test_errors_of_gate_dropout(randn):
-    x, seed = randn(4, 3, 2, 5), torch.tensor([7], device=DEVICE)
-    for arguments, message in [
-        ((x.int(), 0.5, seed), "x must be floating-point"),
-        ((randn(5, 3, 2, 5), 0.5, seed), "x must be floating-point"),
-        ((x[0], 0.5, seed), "x must be floating-point"),
-        ((x, -0.1, seed), r"p must be in \[0, 1\], got -0.1"),
-        ((x, math.nan, seed), "p must be in"),
-        ((x, 0.5, seed.float()), "seed must be one int64"),
-        ((x, 0.5, seed[:0]), "seed must be one int64"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            launch_gate_dropout(*arguments)
 
 
 @triton.jit

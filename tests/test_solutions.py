@@ -348,7 +348,7 @@ def compare_with_loop(lesson, G, masks):
         h, c, gates = lesson.launch_steps(gates, U, zeros, zeros, lengths, 0.4, seed)
         dh = torch.cat([torch.zeros_like(dy[:1]), dy])
         d_gates, d_weight, _, _ = lesson.launch_steps_backward(
-            dh, torch.zeros_like(c), gates, U, h, c, lengths, H, 0.4, seed
+            dh, torch.zeros_like(c), gates, U, h, c, lengths, 0.4, seed
         )
     torch.testing.assert_close(h[1:], y)
     torch.testing.assert_close(d_weight.flatten(0, 1), wanted[0])

@@ -7,7 +7,7 @@ A fused LSTM: the step as one kernel
 You write the step of an LSTM as one kernel, with recurrent dropout inside. The mask on the state
 belongs inside the time loop, and cuDNN, NVIDIA's library behind ``torch.nn.LSTM``, has no place for
 it. So recurrent dropout sends Keras, and everybody else, back to a loop of small operators. Here
-you keep the loop, but with two launches a step, forward and backward.
+you keep the loop, but with two launches a step, forward and backward, and see what holds it up.
 
 You will learn
 
@@ -70,9 +70,10 @@ if __name__ == "__main__":
 # - **2** and **0**: the four gates share one.
 #
 # (Today's Keras takes implementation 1 whenever ``recurrent_dropout`` is above 0. Here you choose.)
-# :ref:`recurrent dropout` has all the other forms, side by side.
 #
 # This is the loop, as one would write it. Masks have shape (G, batch, units), and G is 4 or 1.
+
+import gc
 
 from torch.nn.functional import linear, pad
 
@@ -132,9 +133,9 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 #
 # Sequences may differ in length: from a sequence's end on, everything that is read counts as 0.
 #
-# Two words are new. ``tl.static_range`` is a loop that the compiler writes out, so that it knows k.
-# And for an integer argument that is 1 or a multiple of 16 Triton compiles a kernel of its own,
-# which ``do_not_specialize`` forbids for the step: one kernel serves all.
+# ``tl.static_range`` is a loop that the compiler writes out, so that it knows k. For an integer
+# argument that is 1 or a multiple of 16, Triton compiles a kernel of its own; ``do_not_specialize``
+# forbids that for the step.
 
 
 @triton.jit
@@ -287,16 +288,8 @@ def threshold_and_scale(p):
     return round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0
 
 
-def launch_gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+def launch_gate_dropout(x, p, seed):
     """Multiply (G, T, B, units) by a mask (G, 1, B, units) that is drawn from the seed."""
-    if x.dim() != 4 or not 1 <= len(x) <= 4 or not x.is_floating_point():
-        got = f"{x.dtype} of shape {tuple(x.shape)}"
-        raise ValueError(f"x must be floating-point, (1 to 4, T, B, units), got {got}")
-    if not 0 <= p <= 1:
-        raise ValueError(f"p must be in [0, 1], got {p}")
-    if seed.shape != (1,) or seed.dtype != torch.int64 or seed.device != x.device:
-        got = f"{tuple(seed.shape)} of {seed.dtype} on {seed.device}"
-        raise ValueError(f"seed must be one int64 on {x.device}, got {got}")
     G, n_steps, n_sequences, n_units = x.shape
     if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
         x = x.contiguous()
@@ -319,17 +312,14 @@ def launch_gate_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.
 # The product is a batched one, added in place to what the inputs gave.
 
 
-def launch_steps(
-    from_input: torch.Tensor, weight: torch.Tensor, h0: torch.Tensor, c0: torch.Tensor,
-    lengths: torch.Tensor, p: float, seed: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def launch_steps(from_input, weight, h0, c0, lengths, p, seed):
+    """h and c before each step and after the last, and the gates' values."""
     n_steps, n_sequences, _, n_units = from_input.shape
-    G, n_real = len(weight), h0.shape[1]
+    G = len(weight)
     gates = from_input.clone(memory_format=torch.contiguous_format)
-    gates[..., n_real:] = 0  # units that fill up a row; an infinite input made them NaN
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
+    h[0], c[0] = h0, c0
     masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
     sizes = n_sequences, n_units, *threshold_and_scale(p)
@@ -346,11 +336,8 @@ def launch_steps(
 # and the masked states it needs are drawn again rather than kept.
 
 
-def launch_steps_backward(
-    dh: torch.Tensor, dc: torch.Tensor, gates: torch.Tensor, weight: torch.Tensor,
-    h: torch.Tensor, c: torch.Tensor, lengths: torch.Tensor, n_real: int, p: float,
-    seed: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, p, seed):
+    """The gradients of ``from_input``, ``weight``, ``h0`` and ``c0``."""
     n_steps, n_sequences, _, n_units = gates.shape
     G = len(weight)
     dh, dc = dh.contiguous(), dc.contiguous()
@@ -369,8 +356,7 @@ def launch_steps_backward(
     by_mask = d_gates.view(n_steps * n_sequences, G, weight.shape[1])
     d_weight = torch.bmm(by_mask.permute(1, 2, 0), masked)
     dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
-    dc0 = d_cell + dc[0]
-    return d_gates, d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone()
+    return d_gates, d_weight, dh0, d_cell + dc[0]
 
 
 # %%
@@ -402,18 +388,79 @@ if __name__ == "__main__":
             states, cells, gates = launch_steps(*inputs, h, c, lengths, p, seed)
             gradients = launch_steps_backward(
                 pad(dy, (0, 0, 0, 0, 1, 0)), torch.zeros_like(cells),
-                gates, inputs[1], states, cells, lengths, H, p, seed,
+                gates, inputs[1], states, cells, lengths, p, seed,
             )  # fmt: skip
-        got = [
-            a.view_as(b) for a, b in zip((states[1:], *gradients), wanted, strict=True)
-        ]
+        pairs = zip((states[1:], *gradients), wanted, strict=True)
+        got = [result.view_as(expected) for result, expected in pairs]
         torch.testing.assert_close(got, wanted)
         error = max((a - b).abs().max().item() for a, b in zip(got, wanted, strict=True))
         print(f"{G} masks: outputs and gradients within {error:.0e} of the loop's")
 
 # %%
-# The launches are right, but they are not yet a module, and Python launches each of them.
-# :ref:`captured lstm` makes the module, gives the GPU the whole sequence at once, and measures it.
+# What holds it up?
+# -----------------
+#
+# Every launch costs the CPU time, whatever the GPU has to do. If the GPU finishes a step before
+# the CPU has launched the next, it waits. For how long? A *CUDA graph* tells: you *capture* the
+# launches once, and one call then replays all of them without Python. We time the forward pass of
+# 70 steps, batch 80, 400 inputs. The limit is the matrix products alone.
+
+
+def replay_of(run):
+    """A call that replays what ``run`` launches."""
+    run()
+    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+LINES = {
+    "two launches a step, captured": ("#d55e00", "-"),
+    "two launches a step, called": ("#d55e00", ":"),
+    "plain loop, captured": ("#cc79a7", "-"),
+    "plain loop, called": ("#cc79a7", ":"),
+    "matrix products, captured": ("#555555", "--"),
+}
+
+
+@triton.testing.perf_report(triton.testing.Benchmark(
+    x_names=["n_units"], x_vals=[256, 512, 1024, 1536, 2048], line_arg="line",
+    line_vals=list(LINES), line_names=list(LINES), styles=list(LINES.values()),
+    xlabel=f"units, 70 steps, batch 80, bfloat16\n{MACHINE}", ylabel="ms", y_log=True,
+    plot_name="fused-lstm-steps", args={},
+))  # fmt: skip
+@torch.no_grad()
+def benchmark(n_units, line):
+    H, like = n_units, {"device": DEVICE, "dtype": torch.bfloat16}
+    x, W, U = torch.randn(70, 80, 400, **like), *torch.randn(2, 4 * H, max(400, H), **like) / 30
+    W, U, ones = W[:, :400].contiguous(), U[:, :H].contiguous(), x.new_ones(1, 80, 400)
+    lengths, seed = torch.full((80,), 70, device=DEVICE), torch.tensor([7], device=DEVICE)
+    mask, state = launch_gate_dropout(x.new_ones(1, 1, 80, H), 0.3, seed)[0], x.new_zeros(80, H)
+    rest = U[None], state, state.float(), lengths, 0.3, seed
+    runs = {
+        "two launches a step": lambda: launch_steps(linear(x, W).view(70, 80, 4, H), *rest),
+        "plain loop": lambda: lstm_loop(x, W, U, 0, state, state, ones, mask),
+        "matrix products": lambda: (linear(x, W), *(linear(state, U) for _ in range(70))),
+    }
+    run = runs[line.split(", ")[0]]
+    run = replay_of(run) if "captured" in line else run
+    return triton.testing.do_bench(run, return_mode="median")
+
+
+if __name__ == "__main__" and not INTERPRET:
+    times = benchmark.run(show_plots=True, return_df=True)
+    print(times.round(2).to_string(index=False))
+    for n, ours, called, *_, products in times.values:
+        print(f"{n:.0f} units: called, the GPU waits {1 - ours / called:.0%} of the time;", end="")
+        print(f" captured, {ours / products:.2f} times as long as the products alone")
+
+# %%
+# Called from Python, both loops take about as long with few units as with many: that is the CPU's
+# time. Fewer launches a step have made the loop faster, but Python still sets the pace, and the GPU
+# waits for most of the time. A graph is one way out, though it takes inputs of one shape only. The
+# other is to launch once for all steps: :ref:`sequence lstm`.
 #
 # Exercises
 # ---------
