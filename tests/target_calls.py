@@ -111,21 +111,6 @@ def language_model(lesson):
 
 
 def fused_lstm(lesson):
-    seed, lengths = torch.zeros(1, dtype=torch.int64), torch.full((4,), 2)
-    for dtype in FLOATS:
-        for G in (1, 4):
-            gates = torch.empty(2, 4, 4, 200, dtype=dtype)
-            weight = torch.empty(G, 800 // G, 200, dtype=dtype)
-            state = torch.empty(4, 200, dtype=dtype)
-            h, c, gates = lesson.launch_steps(
-                gates, weight, state, state, lengths, 0.5, seed
-            )
-            lesson.launch_steps_backward(
-                h, c, gates, weight, h, c, lengths, 200, 0.5, seed
-            )
-
-
-def fused_lstm(lesson):
     for dtype in FLOATS:
         for arguments in sequences(lesson, dtype, [(3, 200)]):
             h, c, gates = lesson.launch_steps(*arguments)
@@ -150,14 +135,18 @@ BLOCKS = [(1, 128), (80, 768), (80, 1024), (80, 1152), (80, 2048)]
 
 def sequence_lstm(lesson):
     for dtype in FLOATS:
-        for arguments in sequences(lesson, dtype, BLOCKS[: 1 if dtype == torch.float64 else 5]):
+        for arguments in sequences(
+            lesson, dtype, BLOCKS[: 1 if dtype == torch.float64 else 5]
+        ):
             lesson.launch_sequence(*arguments)
     lesson.launch_barriers(8)
 
 
 def sequence_backward(lesson):
     for dtype in FLOATS:
-        for arguments in sequences(lesson, dtype, BLOCKS[: 1 if dtype == torch.float64 else 5]):
+        for arguments in sequences(
+            lesson, dtype, BLOCKS[: 1 if dtype == torch.float64 else 5]
+        ):
             h, c, gates = lesson.launch_sequence(*arguments)
             _, weight, h0, _, lengths, p, seed = arguments
             saved = gates, weight, h, c, lengths, h0.shape[1], p, seed

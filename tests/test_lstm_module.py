@@ -1,5 +1,6 @@
 import ast
 import copy
+import importlib
 import io
 import math
 import pickle
@@ -7,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from captured_lstm import (
+from fused_lstm import lstm_loop
+from lstm_module import (
     DEVICE,
     LSTM,
-    Loop,
-    LSTMSteps,
+    LSTMSequence,
     launch_gate_dropout,
-    lstm_steps_op,
+    lstm_sequence_backward_op,
+    lstm_sequence_op,
 )
-from fused_lstm import lstm_loop
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -233,7 +234,7 @@ def test_agrees_with_torch_when_nothing_is_dropped(randn, batch_first):
     torch.testing.assert_close(lstm.train()(x)[0], reference(x)[0])
 
 
-@pytest.mark.parametrize("n_units", [1, 7, 8, 9])
+@pytest.mark.parametrize("n_units", [1, 7, 16, 17])
 @pytest.mark.parametrize("implementation", [1, 2])
 def test_any_number_of_units(randn, n_units, implementation):
     x = randn(3, 2, F).double().requires_grad_()
@@ -308,29 +309,48 @@ def test_draws_anew_and_not_in_evaluation(randn):
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
-# The operator
+# The operators
 
 
 def operator_arguments(randn, G, grad=False):
-    tensors = randn(3, 2, 4, H), randn(G, 4 * H // G, H), randn(2, H), randn(2, H)
-    tensors = [tensor.double().requires_grad_(grad) for tensor in tensors]
+    """Of 11 units, filled up to as many as the kernels want."""
+    n_units = 16 if DEVICE == "cpu" else 128
+    x = randn(3, 2, 4, n_units).double().requires_grad_(grad)
+    weight = randn(4, n_units, n_units).double()
+    weight[:, 11:] = 0
+    weight[..., 11:] = 0
+    weight = weight.view(G, -1, n_units).requires_grad_(grad)
+    states = [randn(2, 11).double().requires_grad_(grad) for _ in range(2)]
     ends = torch.tensor([3, 1], device=DEVICE)
-    return *tensors, ends, 0.3, torch.tensor([7], device=DEVICE)
+    return x, weight, *states, ends, 0.3, torch.tensor([7], device=DEVICE)
 
 
 @pytest.mark.parametrize("G", [1, 4])
-def test_operator_keeps_its_promises(randn, G):
-    torch.library.opcheck(lstm_steps_op, operator_arguments(randn, G))
+def test_operators_keep_their_promises(randn, G):
+    arguments = operator_arguments(randn, G)
+    torch.library.opcheck(lstm_sequence_op, arguments)
+    _, weight, *_, ends, p, seed = arguments
+    h, c, gates = lstm_sequence_op(*arguments)
+    saved = gates, weight, h, c, ends, 11, p, seed
+    dh, dc = torch.randn_like(h), torch.randn_like(c)
+    torch.library.opcheck(lstm_sequence_backward_op, (dh, dc, *saved))
 
 
 @pytest.mark.parametrize("G", [1, 4])
 def test_gradcheck(randn, G):
-    *tensors, ends, p, seed = operator_arguments(randn, G, grad=True)
-    torch.autograd.gradcheck(
-        lambda *tensors: LSTMSteps.apply(*tensors, ends, p, seed)[:2],
-        tensors,
-        fast_mode=True,
-    )
+    """Of the units that exist: those that fill up are none of the module's results."""
+    x, weight, *states, ends, p, seed = operator_arguments(randn, G, grad=True)
+    n_units = x.shape[-1]
+
+    def run(x, weight, *states):
+        fill = (0, n_units - 11)
+        x = torch.nn.functional.pad(x[..., :11], fill)
+        weight = weight.view(4, n_units, n_units)[:, :11, :11]
+        weight = torch.nn.functional.pad(weight, (*fill, *fill)).view(G, -1, n_units)
+        h, c, _ = LSTMSequence.apply(x, weight, *states, ends, p, seed)
+        return h[..., :11], c[..., :11]
+
+    torch.autograd.gradcheck(run, (x, weight, *states), fast_mode=True)
 
 
 def test_backward_twice(randn):
@@ -464,7 +484,7 @@ def test_states_are_apart_from_the_output(randn):
 
 @pytest.mark.parametrize("implementation", [1, 2])
 def test_an_infinite_input_saturates_gates(randn, implementation):
-    """H is no multiple of 8: the units that fill up a row must not spread a NaN."""
+    """Units that fill up must not spread a NaN."""
     x = randn(3, 2, F).double()
     x[0, 0, 0] = math.inf
     lstm = make(0.0, 0.0, implementation)
@@ -629,7 +649,7 @@ def test_forward_mode_and_second_derivatives_are_errors(randn):
         lstm(torch.autograd.forward_ad.make_dual(x, x))
     x = x.requires_grad_()
     (first,) = torch.autograd.grad(lstm(x)[0].sin().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivatives"):
+    with pytest.raises(RuntimeError, match="LSTM has no second derivatives"):
         torch.autograd.grad(first.sum(), x)
 
 
@@ -670,32 +690,59 @@ def function(lesson, name):
     tree = ast.parse((TUTORIALS / f"{lesson}.py").read_text())
     (found,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
     for argument in found.args.args:
-        if "constexpr" not in ast.unparse(argument):
+        if "tl." not in ast.unparse(argument):
             argument.annotation = None
     found.returns = None
     found.body = [
         node
         for node in found.body
         if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-        and not (isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise))
     ]
     return ast.unparse(found)
 
 
+STEP = ["tanh", "gate_dropout_kernel", "threshold_and_scale", "launch_gate_dropout"]
+FORWARD = ["arrive", "wait", "sequence_kernel", "blocks_for", "launch_all_steps"]
+FORWARD += ["launch_sequence"]
+BACKWARD = ["sequence_backward_kernel", "launch_sequence_backward"]
+REPEATED = [
+    ("sequence_lstm", "fused_lstm", STEP),
+    ("sequence_backward", "fused_lstm", STEP),
+    ("sequence_backward", "sequence_lstm", [*FORWARD, "plain_loop"]),
+    ("lstm_module", "fused_lstm", STEP),
+    ("lstm_module", "sequence_lstm", FORWARD),
+    ("lstm_module", "sequence_backward", BACKWARD),
+]
+
+
 @pytest.mark.parametrize(
-    "name",
-    [
-        "tanh", "step_kernel", "step_backward_kernel", "gate_dropout_kernel",
-        "threshold_and_scale", "launch_gate_dropout", "launch_steps",
-        "launch_steps_backward",
-    ],
-)  # fmt: skip
-def test_the_kernels_are_those_of_the_lesson_before(name):
-    assert function("captured_lstm", name) == function("fused_lstm", name)
+    ("lesson", "first", "name"),
+    [(lesson, first, name) for lesson, first, names in REPEATED for name in names],
+)
+def test_a_function_on_few_lines_is_the_one_of_its_lesson(lesson, first, name):
+    assert function(lesson, name) == function(first, name)
 
 
-def test_the_plain_loop_of_the_benchmark(randn):
-    torch.manual_seed(0)
-    loop = Loop(F, H).to(DEVICE, torch.float64)
-    x = randn(4, 3, F).double()
-    torch.testing.assert_close(loop(x)[0], twin(loop)(x)[0])
+@pytest.mark.parametrize("lesson", ["sequence_backward", "lstm_module"])
+def test_blocks_are_those_of_their_lesson(lesson):
+    here = importlib.import_module(lesson)
+    assert here.BLOCK == importlib.import_module("fused_lstm").BLOCK
+    assert here.TILES == importlib.import_module("sequence_lstm").TILES
+    backward = importlib.import_module("sequence_backward").BACKWARD_TILES
+    assert backward == here.BACKWARD_TILES
+
+
+@pytest.mark.parametrize("n_sequences", [16, 17, 40])
+def test_more_sequences_than_a_block(randn, n_sequences):
+    compare(make(), randn(2, n_sequences, F).double(), rtol=1e-12, atol=1e-13)
+
+
+def test_two_calls_give_the_same_bits(randn):
+    lstm, x = make(), randn(5, 19, F).double().requires_grad_()
+    results = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        y = lstm(x)[0]
+        results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *lstm.parameters()])])
+    for first, second in zip(*results, strict=True):
+        assert torch.equal(first, second)

@@ -130,14 +130,16 @@ def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
     if n_steps == 0 or n_sequences == 0: return
     tile, units, row_blocks, at_once, options = blocks_for(tiles, n_sequences, n_units, h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())); tf32 = h.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
+    widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
-        for first in range(0, row_blocks, at_once): kernel[min(at_once, row_blocks - first), n_units // units](*tensors, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, 'tf32' if tf32 else 'ieee', **options)
+        for first in range(0, row_blocks, at_once): kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, 'tf32' if tf32 else 'ieee', **options)
+    if widen: torch._foreach_copy_(tensors, work)
 def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]:
     n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0; h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
     masked = h.new_empty(2, G, n_sequences, n_units); masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]; tensors = (gates, h, c, masked, weight.contiguous(), lengths); launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early); return (h, c, gates)
 def launch_sequence_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, lengths: Tensor, n_real: int, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     n_steps, n_sequences, _, n_units = gates.shape; G, U = (len(weight), weight.reshape(4 * n_units, n_units)); d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units); d_gates[n_steps] = 0; d_cell = torch.zeros_like(c[0]); gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous()); tensors = (*gradients, gates, c, U.T.contiguous(), lengths); tiles = BACKWARD_TILES
-    launch_all_steps(sequence_backward_kernel, tiles, h, p, seed, G, *tensors, early=early); by_mask = d_gates[:-1].view(n_steps * n_sequences, G, -1); masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2); d_weight = torch.bmm(by_mask.permute(1, 2, 0), masked); d_masked = torch.bmm(d_gates[0].view(n_sequences, G, -1).transpose(0, 1), weight)
+    launch_all_steps(sequence_backward_kernel, tiles, h, p, seed, G, *tensors, early=early); by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G); masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2); d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked); d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight)
     dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]; dc0 = d_cell + dc[0]; return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
 # fmt: on
 
@@ -350,7 +352,8 @@ class LSTM(torch.nn.Module):
         weight_hh = pad(self.weight_hh_l0.view(4, H, H), (0, extra, 0, extra))
         bias = pad((self.bias_ih_l0 + self.bias_hh_l0).view(4, H), (0, extra))
 
-        draw = gate_dropout_op if torch.compiler.is_compiling() else launch_gate_dropout
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        draw = gate_dropout_op if traced else launch_gate_dropout
         ones = torch.ones(G, 1, *x.shape[1:], dtype=x.dtype, device=x.device)
         kept = draw(ones, rates[0], seeds[:1]) > 0
         x = torch.where(kept, x * threshold_and_scale(rates[0])[1], 0.0)

@@ -124,9 +124,11 @@ def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     if n_steps == 0 or n_sequences == 0: return
     tile, units, row_blocks, at_once, options = blocks_for(tiles, n_sequences, n_units, h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size()))
     tf32 = h.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
+    widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once):
-            kernel[min(at_once, row_blocks - first), n_units // units](*tensors, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, 'tf32' if tf32 else 'ieee', **options)
+            kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, 'tf32' if tf32 else 'ieee', **options)
+    if widen: torch._foreach_copy_(tensors, work)
 def launch_sequence(from_input, weight, h0, c0, lengths, p, seed, early=0):
     n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0
     h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
@@ -275,10 +277,10 @@ def launch_sequence_backward(dh, dc, gates, weight, h, c, lengths, n_real, p, se
     tensors = *gradients, gates, c, U.T.contiguous(), lengths
     tiles = BACKWARD_TILES
     launch_all_steps(sequence_backward_kernel, tiles, h, p, seed, G, *tensors, early=early)
-    by_mask = d_gates[:-1].view(n_steps * n_sequences, G, -1)
+    by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G)
     masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
-    d_weight = torch.bmm(by_mask.permute(1, 2, 0), masked)
-    d_masked = torch.bmm(d_gates[0].view(n_sequences, G, -1).transpose(0, 1), weight)
+    d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked)
+    d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight)
     dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
     dc0 = d_cell + dc[0]
     return d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone()

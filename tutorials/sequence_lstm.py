@@ -254,12 +254,17 @@ def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     rows, K = triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())
     tf32 = h.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
+    # The interpreter's tl.dot takes bfloat16 for integers.
+    widen = INTERPRET and h.dtype == torch.bfloat16
+    work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once):
             kernel[min(at_once, row_blocks - first), n_units // units](
-                *tensors, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived,
+                *work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived,
                 rows, first, G, tile, units, K, "tf32" if tf32 else "ieee", **options,
             )  # fmt: skip
+    if widen:
+        torch._foreach_copy_(tensors, work)
 
 
 def launch_sequence(from_input, weight, h0, c0, lengths, p, seed, early=0):
