@@ -17,10 +17,10 @@ READY := $(VENV)/ready
 PACKAGES := $(READY)
 endif
 
-.PHONY: help html page test matrix targets record lint serve clean active
+.PHONY: help html page test matrix targets record lint linkcheck serve clean active
 
 help:
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s  %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s  %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "VENV=DIR    the environment to create and use (now: $(VENV)); VENV= uses the active one"
 	@echo "SITE_URL=URL, REPOSITORY=URL  where the site and its source will be, if anywhere"
@@ -37,10 +37,10 @@ test: html  ## build the site, then run all tests
 	$(RUN) -m pytest -n auto --dist worksteal
 
 matrix: $(PACKAGES)  ## run the lessons' tests with other versions of Triton (TRITON="3.9.0 ...")
-	$(RUN) tests/matrix.py $(TRITON)
+	$(RUN) tests/matrix.py $(TRITON) $(LESSONS)
 
 targets: $(PACKAGES)  ## compile the kernels for GPUs that need not be here
-	$(RUN) tests/targets.py
+	$(RUN) tests/targets.py $(LESSONS)
 
 record: $(PACKAGES)  ## run the benchmarks on a GPU and write docs/results (LESSONS="NAME ...")
 	PYTHONPATH=docs/_ext:$$PYTHONPATH $(RUN) -m benchmarks $(LESSONS)
@@ -51,6 +51,9 @@ lint: $(PACKAGES)  ## check the style of the code, the spelling and the markup
 	$(RUN) -m ruff format --check
 	$(RUN) -m codespell_lib
 	$(RUN) -m sphinxlint --enable default-role --ignore docs/tutorials docs tutorials *.md
+
+linkcheck: html  ## ask the network whether the links to other sites still lead somewhere
+	$(RUN) -m sphinx -q -b linkcheck -c . -d _build/doctrees docs _build/linkcheck
 
 serve: html  ## build the site and serve it on http://localhost:8000
 	$(RUN) -m http.server --bind localhost --directory _build/html 8000

@@ -579,7 +579,17 @@ def make(*arguments, **environment):
 def test_make_alone_lists_the_targets():
     status, output = make()
     assert status == 0
-    for target in ("html", "page", "test", "record", "lint", "serve", "clean"):
+    for target in (
+        "html",
+        "page",
+        "test",
+        "matrix",
+        "targets",
+        "record",
+        "lint",
+        "linkcheck",
+        "serve",
+    ):
         assert f"make {target}" in output
 
 

@@ -1,6 +1,7 @@
 """The mistakes of the lesson are mistakes: each shows where it says, and only there."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from debugging import (
     DEVICE,
     copy_kernel,
     count_kernel,
+    look,
     offset_kernel,
     padded_softmax_kernel,
+    run_script,
 )
 
 
@@ -62,6 +65,36 @@ def test_atomic_additions_are_complete():
     out = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     count_kernel[(50,)](out, True)
     assert out.item() == 50
+
+
+def test_print_and_breakpoint_show_whole_blocks():
+    script = look(['print("x is", x)', "breakpoint()"], "cpu")
+    output = run_script(script, typed="p x\nc\n" * 2, TRITON_INTERPRET="1")
+    assert re.findall(r"\[.*?\]", output)[:4] == [
+        "[1. 2. 3. 4.]", "[1., 2., 3., 4.]", "[1. 2. 3. 0.]", "[1., 2., 3., 0.]"
+    ]  # fmt: skip
+
+
+def test_a_script_that_fails_says_so():
+    assert "ZeroDivisionError" in run_script("print(1 / 0)")
+
+
+@pytest.mark.gpu
+def test_device_print_and_device_assert():
+    lines = ['tl.device_print("x", x)', 'tl.device_assert(x > 0, "x is not positive")']
+    script = look(lines, DEVICE)
+    output = run_script(script, TRITON_INTERPRET="0", TRITON_DEBUG="1")
+    assert len(set(re.findall("pid.*x: +[1-4]", output))) >= 4
+    assert "Assertion `x is not positive` failed" in output
+    assert "Assertion" not in run_script(script, TRITON_INTERPRET="0", TRITON_DEBUG="0")
+
+
+@pytest.mark.gpu
+def test_do_bench_is_between_the_launch_and_memory():
+    from debugging import benchmark, clock_around, fair
+
+    n = 2**26
+    assert benchmark.fn(n, clock_around) > 2 * benchmark.fn(n, fair)
 
 
 @pytest.mark.gpu

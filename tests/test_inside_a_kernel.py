@@ -7,7 +7,14 @@ import sys
 
 import pytest
 import torch
-from inside_a_kernel import DEVICE, H100, MI300, compile_for, softmax_with_warps
+from inside_a_kernel import (
+    DEVICE,
+    H100,
+    MI300,
+    compile_for,
+    launch_arithmetic,
+    softmax_with_warps,
+)
 
 PTXAS = """
 import json, re, subprocess, sys, tempfile
@@ -70,6 +77,24 @@ def test_another_target_gives_another_assembly():
 def test_the_result_does_not_depend_on_the_warps(randn, num_warps):
     x = randn(5, 781)
     torch.testing.assert_close(softmax_with_warps(x, num_warps), torch.softmax(x, 1))
+
+
+def test_instructions_are_counted_for_each_thread():
+    few, many = compile_for(
+        {"BLOCK": 1024, "num_warps": 4}, {"BLOCK": 4096, "num_warps": 4}
+    )
+    assert 8 < few["instructions"] < many["instructions"] < 4 * few["instructions"]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_arithmetic_of_so_many_steps(randn, steps):
+    x = -randn(2049).abs().clamp(max=1)
+    expected = x.double()
+    for _ in range(steps):
+        expected = expected * expected + expected
+    torch.testing.assert_close(
+        launch_arithmetic(x, steps).double(), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.gpu

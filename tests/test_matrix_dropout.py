@@ -318,6 +318,20 @@ def test_answers_are_told_right_from_wrong(capsys):
         )
 
 
+def test_second_gradients_and_vjps_of_torch_func(randn):
+    x, w, seeds = randn(5, 9), randn(5, 9), seeds_for(5)
+    with torch.no_grad():
+        y, pull_back = torch.func.vjp(lambda x: matrix_dropout(x, 0.5, seeds), x)
+        assert torch.equal(y, matrix_dropout(x, 0.5, seeds))
+        assert torch.equal(pull_back(w)[0], matrix_dropout(w, 0.5, seeds))
+    first = torch.func.grad(lambda x: matrix_dropout(x, 0.5, seeds).square().sum())
+    second = torch.func.grad(lambda x: first(x).sum())(x)
+    mask = matrix_dropout(torch.ones_like(x), 0.5, seeds)
+    torch.testing.assert_close(second, 2 * mask.square())
+    with pytest.raises(NotImplementedError):
+        torch.func.jvp(lambda x: matrix_dropout(x, 0.5, seeds), (x,), (x,))
+
+
 @pytest.mark.gpu
 def test_more_than_2_to_the_32_elements():
     n_rows, n_cols = 2**16 + 3, 2**16 + 4

@@ -8,6 +8,7 @@ from test_seeded_dropout import philox_words
 EXPECTED = {
     "gradient": "error yes yes yes yes yes",
     "second_gradient": "error yes yes yes yes yes",
+    "torch_func": "error error error error error yes",
     "forward_mode": "NO error NO NO NO error",
     "under_vmap": "error error yes yes yes error",
     "compiled": "error error yes error yes yes",

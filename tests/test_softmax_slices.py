@@ -26,10 +26,10 @@ WIDTHS += [12160, 16384, 16385, 16388, 20000, 20480, 32767, 50257]
 
 @pytest.mark.parametrize("n_cols", WIDTHS)
 def test_widths(randn, dtype, n_cols):
-    check(randn(5, n_cols, dtype=dtype), slice_softmax)
+    check(randn(3, n_cols, dtype=dtype), slice_softmax)
 
 
-@pytest.mark.parametrize("n_rows", [1, 2, 7])
+@pytest.mark.parametrize("n_rows", [1, 2, 4])
 @pytest.mark.parametrize("lag_bytes", [0, 2**14, 2**30])
 def test_result_does_not_depend_on_the_lag(randn, n_rows, lag_bytes):
     x, dy = randn(2, n_rows, 20_001)
@@ -71,11 +71,11 @@ def test_layouts(randn, layout, n_cols):
 
 
 def test_rows_that_do_not_begin_at_multiples_of_16_bytes(randn, dtype):
-    storage = randn(6 * 17_000 + 1, dtype=dtype)
+    storage = randn(4 * 17_000 + 1, dtype=dtype)
     for first in (0, 1):
         for n_cols in (40, 16_400):
             for stride in (n_cols, 16_999, 17_000):
-                x = storage.as_strided((5, n_cols), (stride, 1), first)
+                x = storage.as_strided((3, n_cols), (stride, 1), first)
                 check(x, slice_softmax)
 
 
@@ -145,8 +145,8 @@ def test_negated_views():
 
 @pytest.mark.parametrize("n_cols", [1, 2, 33, 781, 4097, 8193, 16385, 20000, 50257])
 def test_gradient(randn, dtype, n_cols):
-    x = randn(5, n_cols, dtype=dtype).requires_grad_()
-    check_gradient(x, randn(5, n_cols, dtype=dtype), slice_softmax)
+    x = randn(3, n_cols, dtype=dtype).requires_grad_()
+    check_gradient(x, randn(3, n_cols, dtype=dtype), slice_softmax)
 
 
 @pytest.mark.parametrize("n_cols", [17, 16_400])
@@ -158,8 +158,8 @@ def test_gradients_of_any_layout(randn, layout, n_cols):
 
 def test_gradients_of_first_and_second_order(randn):
     x = randn(2, 3, 5, dtype=torch.float64).requires_grad_()
-    torch.autograd.gradcheck(slice_softmax, x)
-    torch.autograd.gradgradcheck(slice_softmax, x)
+    torch.autograd.gradcheck(slice_softmax, x, fast_mode=True)
+    torch.autograd.gradgradcheck(slice_softmax, x, fast_mode=True)
 
 
 def test_a_gradient_that_can_be_differentiated_is_the_same(randn, dtype):

@@ -384,6 +384,15 @@ def test_load_instructions_of_float16(solve):
     assert loads == [["ld.global.v4.b32"], ["ld.global.b16"], ["ld.global.b16"]]
 
 
+def test_times_of_tiles(solve, randn):
+    x, results = randn(40, 256, dtype=torch.bfloat16), []
+    times = solve("inside_a_kernel", 3).times_of_tiles(
+        x, time=lambda run: results.append(run()) or len(results)
+    )
+    assert sorted(times.values()) == list(range(1, len(times) + 1)) and 4096 in times
+    assert all(torch.equal(y, results[0]) for y in results)
+
+
 def test_what_a_launch_wrote(solve):
     solution = solve("debugging", 1)
 

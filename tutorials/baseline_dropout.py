@@ -6,13 +6,14 @@ Dropout with a mask
 
 You write dropout the textbook way, with a stored mask that says which elements are dropped, and
 add up what the mask costs. Dropout sets random elements of a tensor to zero while a network trains,
-and its mask is as large as the tensor. The next lesson, :ref:`seeded dropout`, does without one.
+and its mask has as many elements as the tensor. The next lesson, :ref:`seeded dropout`, shows how
+to do without the mask.
 
 You will learn
 
 - why the elements that stay are scaled, and by how much;
 - how a Triton kernel combines two tensors element by element, whatever their size;
-- what a mask costs in memory, in bytes moved, and in trouble when a computation is repeated.
+- what a mask costs in memory and in bytes moved, and why it makes a computation hard to repeat.
 
 Needs: PyTorch, and :ref:`fused softmax`.
 """
@@ -71,23 +72,24 @@ if __name__ == "__main__":
 # ----------
 #
 # A program handles ``BLOCK`` consecutive elements. The last program may reach past the end of the
-# tensor, so loads and stores are masked; don't confuse this mask with dropout's, which is data.
-# Without ``other``, a masked load leaves its elements undefined, and here they are never stored.
+# tensor, so loads and stores get a mask, ``inside``. Don't confuse it with dropout's mask, which is
+# a tensor of its own. The loads have no ``other``, so what they return for elements past the end is
+# undefined, but those elements are never stored.
 #
-# ``tl.where`` chooses. Multiplying by the mask would not do: an infinite element times 0 is NaN,
-# and dropping should leave nothing behind.
+# ``tl.where`` chooses between the scaled element and 0. Multiplying by the mask would be wrong: an
+# infinite element times 0 is NaN, and a dropped element should become 0 whatever it was.
 
 
 @triton.jit
 def dropout_kernel(
     y_ptr, x_ptr, x_keep_ptr, n_elements, scale: tl.float64, BLOCK: tl.constexpr
 ):
-    # In 64 bits: positions in a tensor of more than 2^31 elements overflow 32.
+    # In 64 bits, because a tensor of more than 2^31 elements has positions that 32 can't hold.
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n_elements
     x = tl.load(x_ptr + offsets, mask=inside)
     x_keep = tl.load(x_keep_ptr + offsets, mask=inside)
-    # A Python float arrives as float32 unless annotated, which is too coarse for float64.
+    # A Python float arrives as float32, too coarse for float64, unless it is annotated.
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     tl.store(y_ptr + offsets, tl.where(x_keep != 0, x * scale, 0.0), mask=inside)
@@ -152,7 +154,7 @@ if __name__ == "__main__":
 # -------------------
 #
 # **Memory.** The backward pass multiplies the incoming gradient by the same mask, so the mask is
-# kept from the forward pass until then. Here is what that is for the activations of one layer:
+# kept from the forward pass until then. Here is how much that is for the activations of one layer:
 
 if __name__ == "__main__":
     # A tensor on the device "meta" has a shape, but no data.
@@ -166,14 +168,15 @@ if __name__ == "__main__":
     print(tabulate(rows, headers=["", "dtype", "MiB"], floatfmt=".0f"))
 
 # %%
-# An int32 mask is twice as large as what it masks, and even PyTorch's, a byte for each element,
-# adds half. Of the 8 or 32 bits for each element, one carries information.
+# An int32 mask is twice as large as the activations that it masks. Even PyTorch's mask, which has a
+# byte for each element, is half as large as they are. Of the 8 or 32 bits for each element, one
+# carries information.
 #
-# **Bytes moved.** Dropout reads :math:`x` and writes :math:`y`, and the mask comes on top. Predict
-# before you look: for a large tensor in float32, which share of the copy's speed should this kernel
-# reach with a bool mask, which with an int32 mask, and which should the two PyTorch operators in
-# ``x * x_keep / (1 - p)`` reach? As before, the scale counts only the bytes that must move,
-# :math:`x` and :math:`y`, and the copy is the limit.
+# **Bytes moved.** Dropout reads :math:`x` and writes :math:`y`, and it reads the mask as well.
+# Predict before you look: what share of the copy's speed should this kernel reach for a large
+# tensor in float32, with a bool mask and with an int32 mask? And what share should the two PyTorch
+# operators in ``x * x_keep / (1 - p)`` reach? As before, the scale counts only the bytes that must
+# move, :math:`x` and :math:`y`, and the copy is the limit.
 
 
 @triton.testing.perf_report(
@@ -252,17 +255,18 @@ if __name__ == "__main__" and not INTERPRET:
 #
 # Compare the two columns of the second table. For our kernel the count is confirmed with both
 # masks: a large tensor takes as long as its bytes take. The operators stay below their count, so
-# bytes do not explain all of their time. The two lines below the table take them apart. If a line
-# is well below 100%, that operator spends time on something else than moving bytes. Counting does
-# not tell you on what; :ref:`inside a kernel` shows how to look further.
+# bytes do not explain all of their time. The two lines below the table time each operator alone. If
+# a line is well below 100%, that operator spends time on something other than moving bytes.
+# Counting does not tell you on what; :ref:`inside a kernel` shows how to look further.
 #
-# Small tensors are another matter. At the smallest size every kernel takes a few microseconds,
-# whatever it moves, and the two operators take twice that, because they are two kernels. This is the
-# time that it takes to start a kernel and to end it. And the mask had to be drawn and written in the
-# first place, which this figure does not even count.
+# For small tensors the count explains nothing. At the smallest size the bytes would take a small
+# part of a microsecond, but each version takes several. That is the time for starting a kernel and
+# ending it. The two operators take about twice as long as the copy, because they are two kernels.
 #
-# **Trouble with repetition.** Drawing the mask changes the state of a random number generator. A
-# computation that is run again draws another one, unless somebody saved that state and put it
+# Besides, somebody had to draw the mask and write it to memory. This figure does not count that.
+#
+# **Trouble with repetition.** Drawing the mask changes the state of a random number generator. If
+# the computation is run again, it draws another mask, unless somebody saved that state and put it
 # back:
 
 if __name__ == "__main__":
@@ -272,18 +276,18 @@ if __name__ == "__main__":
 
 # %%
 # Activation checkpointing runs parts of the forward pass a second time, to save memory. If dropout
-# then draws another mask, the gradients are wrong, and nothing complains. That is why
-# ``torch.utils.checkpoint`` saves the generator's state each time, and puts it back. The lesson on
-# :ref:`checkpointed dropout` shows the failure, and a dropout that cannot fail so.
+# then draws another mask, the gradients are wrong, and there is no error. That is why
+# ``torch.utils.checkpoint`` saves the generator's state each time, and puts it back. The lesson
+# :ref:`checkpointed dropout` shows the failure, and a dropout that cannot fail in this way.
 #
-# All three costs have one cause: the mask is *data*. In the next lesson, :ref:`seeded dropout`, it
-# becomes a function.
+# All three costs have one cause: the mask is *data*, which has to be stored and kept. In the next
+# lesson, :ref:`seeded dropout`, a function computes it whenever it is needed.
 #
 # As a public function
 # --------------------
 #
-# ``dropout`` takes tensors of any shape and strides, and says what is wrong with others. It has no
-# gradient; the second exercise adds it.
+# ``dropout`` takes tensors of any shape and strides, and says what is wrong with other arguments.
+# It has no gradient; the second exercise adds it.
 
 import numbers
 
@@ -346,7 +350,7 @@ def dropout(x, x_keep, p):
             f"x and x_keep must be on one device of type {DEVICE!r}, "
             f"got {x.device} and {x_keep.device}"
         )
-    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # None but in forward mode
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # set in forward mode only
     if (x.requires_grad and torch.is_grad_enabled()) or tangent is not None:
         raise ValueError(
             "x requires a gradient, which dropout does not compute; pass x.detach()"
@@ -355,7 +359,7 @@ def dropout(x, x_keep, p):
     if x.numel() == 0 or p == 1:
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
 
-    x = x.resolve_neg().contiguous()  # z.conj().imag negates only when read
+    x = x.resolve_neg().contiguous()  # apply a negation that PyTorch has put off
     return launch_dropout(x, x_keep.contiguous(), p)
 
 
@@ -370,17 +374,17 @@ if __name__ == "__main__":
 # Exercises
 # ---------
 #
-# 1. Store the mask in bits: 8 elements in each byte. What share of the copy should the kernel
-#    reach then, and what does it reach?
+# 1. Store the mask as bits, for 8 elements in each byte. What share of the copy's speed should the
+#    kernel reach then, and what does it reach?
 # 2. Write the backward pass. Which kernel do you need for it?
 #
 # .. note::
 #    Try it first.
 #
-#    1. In float32 an element moves 8 bytes of x and y, and an eighth of one for its mask: at best
-#       64/65 of the copy. Eight neighbours load the same byte, but memory delivers it once. Make
-#       ``bit_dropout`` a line of the benchmark: it should come closer to the copy than the bool
-#       mask.
+#    1. For an element of float32, 8 bytes of x and y move, and an eighth of a byte of the mask. So
+#       the limit is 64/65 of the copy's speed. Eight neighbours load the same byte, but memory
+#       delivers it once. Make ``bit_dropout`` a line of the benchmark: it should come closer to the
+#       copy than the kernel with the bool mask.
 #
 #       .. code-block:: python
 #
@@ -408,9 +412,9 @@ if __name__ == "__main__":
 #              bit_dropout_kernel[grid](y, x, bits, x.numel(), 1 / (1 - p), 1024)
 #              return y
 #
-#    2. None but the one you have. Dropout multiplies each element by 0 or by 1 / (1 - p), so the
-#       gradient is multiplied by the same: run the kernel on it, with the mask kept from the
-#       forward pass.
+#    2. The kernel that you have is enough. Dropout multiplies each element by 0 or by 1 / (1 - p),
+#       so the gradient is multiplied by the same. Run the kernel on the gradient, with the mask
+#       kept from the forward pass.
 #
 #       .. code-block:: python
 #

@@ -5,9 +5,9 @@ Dropout that replays
 ====================
 
 You build a dropout that draws the same mask again when activation checkpointing runs a part of the
-network a second time. If the second mask is another one, the gradients are wrong, and nothing
-complains. One training run of a large model had a loss of 2.495 that way, where 2.195 was right
-(see the references). You produce the failure, write the check that catches it, and then number the
+network a second time. If the second mask is another one, the gradients are wrong, and there is no
+error. For this reason one training run of a large model had a loss of 2.495 instead of 2.195 (see
+the references). You produce the failure, write the check that catches it, and then number the
 masks, so that no layer, step or checkpoint can get a wrong one without an error.
 
 You will learn
@@ -55,15 +55,15 @@ if __name__ == "__main__":
 # The failure
 # -----------
 #
-# PyTorch keeps the activations of the forward pass for the backward pass. ``checkpoint(function, x)``
-# keeps only ``x``. In the backward pass it runs ``function(x)`` again, and takes the activations from
-# this second run. That saves memory, and costs up to one more forward pass.
+# PyTorch keeps the activations of the forward pass for the backward pass. ``checkpoint(function,
+# x)`` keeps only ``x``. In the backward pass it runs ``function(x)`` again, and takes the
+# activations from this second run. That saves memory, and costs up to one more forward pass.
 #
-# If the function draws random numbers, the second run has to draw the same ones. By default,
-# ``preserve_rng_state=True``, ``checkpoint`` saves the state of the random number generators before
-# the first run, and restores it for the second. That takes time, and some training code switches it
-# off. Here is what happens then. In y = dropout(x) · w the gradient of w is dropout(x), so it shows
-# the mask of the second run.
+# If the function draws random numbers, the second run has to draw the same ones. By default
+# ``checkpoint`` saves the state of the random number generators before the first run, and restores
+# it for the second. That takes time, and some training code switches it off with
+# ``preserve_rng_state=False``. Here is what happens then. In y = dropout(x) · w the gradient of w
+# is dropout(x), so it shows the mask of the second run.
 
 from torch.nn.functional import dropout
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -92,7 +92,7 @@ if __name__ == "__main__":
 # -----------------------
 #
 # Compare the values instead. This function runs yours under ``checkpoint``, makes the backward pass
-# ask for the second run, and compares the two outputs. Take it into your own tests.
+# ask for the second run, and compares the two outputs. Use it in your own tests.
 
 
 def replays(function, *inputs, **options):
@@ -115,13 +115,15 @@ def replays(function, *inputs, **options):
 # A seed in memory, and a number
 # ------------------------------
 #
-# :ref:`seeded dropout` makes the mask a function of a seed, so there is no state to restore. Two
-# things change in its kernel. It loads the seed from memory, so that the seed can change while a
-# CUDA graph or a compiled function stays as it is. And it takes a *number*, so that one seed serves
-# many masks. Philox encrypts counters of 128 bits, and the element's index needs only 64 of them:
+# In :ref:`seeded dropout` the mask is a function of a seed, so there is no state to restore. We
+# change two things in its kernel. It loads the seed from memory, so that the seed can change while
+# a CUDA graph or a compiled function stays as it is. And it takes a *number*, so that one seed
+# serves many masks. Philox encrypts counters of 128 bits, and the element's index needs only 64 of
+# them:
 #
 # **Element i of mask n is kept when word i mod 4 of Philox, with the seed as key and the counter
-# (⌊i / 4⌋, n), is at least p · 2³², rounded to an integer.** Mask 0 is that of ``seeded_dropout4x``.
+# (⌊i / 4⌋, n), is at least p · 2³², rounded to an integer.** Mask 0 is that of
+# ``seeded_dropout4x``.
 #
 # ``tl.philox`` takes the counter as four words. ``do_not_specialize`` keeps Triton from compiling
 # the kernel anew for special numbers, such as 1 and multiples of 16.
@@ -206,25 +208,26 @@ if __name__ == "__main__":
         print(f"{name:30} replays: {yes[0]} (state preserved), {yes[1]} (not)")
 
 # %%
-# Numbers from PyTorch's own generators replay if their state is preserved, and only then. The states
-# of a generator of your own and of Python's ``random`` are never saved, and a counter has moved on
-# when the second run comes. A seed that is *passed in* is an argument like any other. ``checkpoint``
-# keeps it, so it always replays.
+# Numbers from PyTorch's own generators replay if their state is preserved, and only then. The
+# states of a generator of your own and of Python's ``random`` are never saved, and a counter has
+# moved on when the second run comes. A seed that is *passed in* is an argument like any other.
+# ``checkpoint`` keeps it, so it always replays.
 #
 # Numbering the masks
 # -------------------
 #
-# So pass it in. But one seed for each mask is easy to forget: a layer that is used twice, or a second
-# batch before the optimizer's step, would repeat a mask, and nobody would notice. So pass an object
-# that counts. ``Masks`` holds the seed of one pass through the network, and each dropout takes the
-# next number from it.
+# So we pass the seed in. But each mask needs a seed or a number of its own, which is easy to
+# forget. A layer that is used twice, or a second batch before the optimizer's step, would repeat a
+# mask, and nobody would notice. So we pass an object that counts. ``Masks`` holds the seed of one
+# pass through the network, and each dropout takes the next number from it.
 #
 # .. image:: /_static/mask_numbers.svg
 #    :alt: Dropout takes number 1, a checkpointed function number 2, and dropout in it 2.1 and 2.2 in both runs. The seed has 23 bits for the stream and 40 for the pass. The counter has 64 bits for the index and 64 for the number.
 #
-# A counter moves on, so a checkpointed function gets a counter of its own. ``checkpointed`` takes one
-# number for the whole function, and each run of it gets new ``Masks``, which count *below* that
-# number: 2.1, 2.2, and so on, like the sections of a book. Each level has 12 bits.
+# In the second run of a checkpointed function that counter would have moved on. So the function
+# gets a counter of its own. ``checkpointed`` takes one number for the whole function, and each run
+# gets new ``Masks``, which count *below* that number: 2.1, 2.2, and so on, like the sections of a
+# book. Each level has 12 bits.
 
 
 def current_backward():
@@ -263,15 +266,15 @@ def checkpointed(function, *inputs, masks, **options):
 
 # %%
 # What if you use PyTorch's ``checkpoint`` after all? The second run would go on counting with the
-# ``Masks`` of the first. But it is part of a backward pass, in which those were not made, so
-# ``next_number`` raises an error.
+# ``Masks`` of the first. But it is part of a backward pass, and those ``Masks`` were made before
+# it. ``next_number`` notices that, and raises an error.
 #
 # As a public function
 # --------------------
 #
-# The gradient and the operator are made as in :ref:`seeded dropout`. ``SeededDropout`` is the module
-# to use. Its ``forward`` has a second argument, the masks, so Python itself complains if you forget
-# them. ``Seeds`` hands them out, with another seed for each pass.
+# The gradient and the operator are made as in :ref:`seeded dropout`. ``SeededDropout`` is the
+# module to use. Its ``forward`` has a second argument, the masks, so Python itself raises an error
+# if you forget them. ``Seeds`` hands them out, with another seed for each pass.
 
 import numbers
 
@@ -377,8 +380,8 @@ class Seeds(torch.nn.Module):
 # Is it right?
 # ------------
 #
-# Here is a small network whose blocks use one dropout twice. ``way`` is how a block is run: plainly,
-# or checkpointed.
+# Here is a small network whose blocks use one dropout twice. ``way`` is how a block is run:
+# plainly, or checkpointed.
 
 
 class Block(torch.nn.Module):
@@ -406,8 +409,9 @@ def run_network(blocks, x, masks, way):
 
 # %%
 # The gradients must be those of the plain run, bit for bit, though no state is preserved. Two
-# batches go forward before the backward pass, so the second runs come after a later pass has begun.
-# Then make two mistakes: use ``checkpoint`` as it is, and ask for a new pass inside of it.
+# batches go forward before the backward pass, so the second runs of the first batch come after the
+# pass of the second has begun. Then we make two mistakes: we use ``checkpoint`` as it is, and we
+# ask for a new pass inside of it.
 
 from functools import partial
 
@@ -444,15 +448,16 @@ if __name__ == "__main__":
             print(f"{way.__name__}: {error}")
 
 # %%
-# A training loop calls ``model(x, seeds.next_pass())``. If you pass the same masks twice, they count
-# on, so still no mask repeats. To resume a run, save ``seeds.state_dict()``, too. In a CUDA graph of
-# a whole step, ``next_pass`` is captured with the rest, so each replay has masks of its own.
+# A training loop calls ``model(x, seeds.next_pass())``. For another batch of the same step, call
+# ``next_pass`` again. If you pass the same masks twice, they go on counting, so even then no mask
+# repeats. To resume a run, save ``seeds.state_dict()``, too. In a CUDA graph of a whole step,
+# ``next_pass`` is captured with the rest, so each replay has masks of its own.
 #
 # What it costs
 # -------------
 #
-# ``checkpointed`` calls ``checkpoint``, so it saves the same memory. What differs is the CPU's time,
-# which shows with a small function. Compare a forward and a backward pass with those of
+# ``checkpointed`` calls ``checkpoint``, so it saves the same memory. What differs is the CPU's
+# time, which shows with a small function. Compare a forward and a backward pass with those of
 # ``F.dropout``.
 
 
@@ -481,9 +486,9 @@ if __name__ == "__main__" and not INTERPRET:
     print(f"seeded over F.dropout, state preserved: {times[2] / times[0]:.2f}")
 
 # %%
-# The second line is no choice, because its gradients are wrong. The last line compares the other
-# two. Above 1, the launch from Python costs the CPU more than saving and restoring the state, and
-# below 1 it costs less. As long as the CPU stays ahead of the GPU, neither shows.
+# You can't choose the second line, because its gradients are wrong. The last line compares the
+# other two. If it is above 1, the launch from Python costs the CPU more than saving and restoring
+# the state. As long as the CPU stays ahead of the GPU, you notice neither.
 #
 # Exercises
 # ---------
@@ -498,8 +503,9 @@ if __name__ == "__main__" and not INTERPRET:
 # .. note::
 #    Try it first.
 #
-#    1. ``torch.randint`` draws from PyTorch's generator, so inside it replays only with the state
-#       preserved. Drawn before, it is a seed passed in, and always replays.
+#    1. ``torch.randint`` draws from PyTorch's generator, so a seed that is drawn in the function
+#       replays only with the state preserved. One that is drawn before is passed in, and always
+#       replays.
 #
 #       .. code-block:: python
 #
@@ -514,10 +520,10 @@ if __name__ == "__main__" and not INTERPRET:
 #                  preserve_rng_state=False,
 #              )
 #
-#    2. From the batch's and the head's number, the query's and the key's, and the numbers of heads,
-#       queries and keys: the place that the element would have if the matrix were written. None of
-#       them depends on the tiles, which the backward kernel may cut in another way. Compute it in
-#       64 bits.
+#    2. The offset is the place that the element would have if the matrix were written. It follows
+#       from the element's batch, head, query and key, and from how many heads, queries and keys
+#       there are. None of these depends on the tiles, which the backward kernel may cut in another
+#       way. Compute it in 64 bits.
 #
 #       .. code-block:: python
 #

@@ -5,8 +5,8 @@ When a kernel is wrong
 ======================
 
 Most wrong kernels raise no error: they return numbers that look right. In this lesson you make the
-usual mistakes on purpose, one after another, see how each of them shows, and learn the check that
-catches it. At the end they make a list that fits every kernel you will write.
+usual mistakes on purpose, one after another. You see how each of them shows, and find a check that
+catches it. The checks make a list that fits every kernel you will write.
 
 You will learn
 
@@ -53,8 +53,8 @@ if __name__ == "__main__":
 # A block that is no power of two
 # -------------------------------
 #
-# The first mistake is the friendliest, because the compiler refuses it. Here is a kernel that
-# copies a vector. It has two switches, with which you can break it later.
+# The first mistake is the friendliest, because the compiler refuses it. Here is a kernel that copies
+# a vector. Its last argument is a switch with which you will break it later.
 
 
 @triton.jit
@@ -79,9 +79,9 @@ if __name__ == "__main__":
 # ------------------------
 #
 # 1000 elements in blocks of 256 need four programs, and ``1000 // 256`` is three. The last
-# elements are never written. A result from ``torch.empty`` holds whatever was in that memory
-# before, and quite often that is the right result of the run before. So fill the output with NaN
-# first, and look for what is left of it. This is called *poisoning*.
+# elements are never written. A tensor from ``torch.empty`` holds whatever was in its memory before,
+# and quite often that is the right result of an earlier run. So fill the output with NaN first, and
+# count what is left of it. This is called *poisoning*.
 
 if __name__ == "__main__":
     x = torch.ones(1000, device=DEVICE)
@@ -94,9 +94,9 @@ if __name__ == "__main__":
 # A store without a mask
 # ----------------------
 #
-# The last block reaches beyond the tensor, and without a mask it is written there, over whatever
-# lies behind. Nothing complains. The test needs room behind the output, filled with a number that
-# you recognize:
+# The last block reaches beyond the tensor. Without a mask the kernel writes there, over whatever
+# lies behind, and nothing complains. The test needs room behind the output, filled with a number
+# that you recognize:
 #
 # .. image:: /_static/wrong_stores.svg
 #    :alt: A tensor of 1000 elements in blocks of 256. The fourth block reaches 24 elements beyond the tensor's end, into memory that belongs to another tensor.
@@ -105,22 +105,20 @@ if __name__ == "__main__":
     for mask_store in (True, False):
         room = torch.full((2048,), 7.0, device=DEVICE)
         copy_kernel[(4,)](room[:1000], x, 1000, 256, mask_store)
-        print(
-            f"mask: {mask_store}; overwritten behind the end: {(room[1000:] != 7).sum()}"
-        )
+        behind = (room[1000:] != 7).sum()
+        print(f"mask: {mask_store}; overwritten behind the end: {behind}")
 
 # %%
-# On a GPU, NVIDIA's ``compute-sanitizer python script.py`` finds accesses that leave an
-# allocation. PyTorch hands out parts of large allocations, so set
-# ``PYTORCH_NO_CUDA_MEMORY_CACHING=1`` for it.
+# NVIDIA's *compute sanitizer* finds such accesses without a test of yours, if they leave the memory
+# that was allocated; the end of this lesson runs it.
 #
 # A load without ``other``
 # ------------------------
 #
-# Masked elements of a load have no defined value unless ``other`` says which. That is harmless
-# where they are not stored, as above, and wrong in a reduction. This kernel is the softmax of
-# :ref:`fused softmax` with another filling, 0 in place of ``-inf``. The rows of a softmax add up
-# to 1:
+# Where the mask of a load is false, the value is undefined unless you pass ``other``. That is harmless
+# if these elements are not stored, as above, but wrong in a reduction. This kernel is the softmax of
+# :ref:`fused softmax`, and ``FILL`` is its ``other``. It is right with ``-inf``. The 0 stands for what
+# a load without ``other`` often brings. The rows of a softmax must add up to 1:
 
 
 @triton.jit
@@ -138,13 +136,11 @@ if __name__ == "__main__":
         for fill in (-float("inf"), 0.0):
             y = torch.empty_like(x)
             padded_softmax_kernel[(3,)](y, x, n_cols, fill, 1024)
-            print(
-                f"{n_cols} columns filled up with {fill}: rows add up to {y[0].sum():.4f}"
-            )
+            print(f"{n_cols} columns, other={fill}: rows add up to {y[0].sum():.4f}")
 
 # %%
-# 1024 columns fill their block, so nothing is filled up, and the mistake does not show. This is
-# why the lessons test on 781 columns, and on 1: a shape that fits the block tests half of the
+# 1024 columns fill their block, so ``other`` is never used, and the mistake does not show. This is
+# why the lessons test on 781 columns, and on 1. A shape that fits the block tests only half of the
 # kernel.
 #
 # An offset that wraps
@@ -164,24 +160,21 @@ if __name__ == "__main__":
     import warnings
 
     offsets = torch.empty(2, dtype=torch.int64, device=DEVICE)
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # NumPy notices in the interpreter; a GPU does not
+    with warnings.catch_warnings():  # in the interpreter NumPy notices; a GPU does not
+        warnings.simplefilter("ignore")
         offset_kernel[(1,)](offsets, 40_000, 65_536)
     print("in 32 bits:", offsets[0].item(), " in 64 bits:", offsets[1].item())
 
 # %%
-# That is why the lessons write ``tl.program_id(0).to(tl.int64)``. Only a tensor of that size tests
-# it, so their tests have one; it takes a GPU with some memory and a fraction of a second.
+# That is why the lessons write ``tl.program_id(0).to(tl.int64)``. Only a tensor of that size shows the
+# mistake, so their tests have one. It needs a few gigabytes of a GPU's memory, and little time.
 #
 # A race
 # ------
 #
-# Two programs that read, add and store the same element can both read before either stores. Then
-# one addition is lost. How many are lost changes from run to run, and in the interpreter none is,
-# because there the programs run one after another. So test on a GPU, with many programs, and run
-# twice:
+# If two programs add to the same element, both may read it before either of them stores. Then one
+# addition is lost. How many are lost changes from run to run. In the interpreter none is, because
+# there the programs run one after another. So test on a GPU, with many programs, and run twice:
 
 
 @triton.jit
@@ -200,10 +193,9 @@ if __name__ == "__main__":
         print(f"atomic: {atomic}; counted {out.item()} of {n_programs} programs")
 
 # %%
-# ``tl.atomic_add`` reads, adds and stores in one step that nobody can interrupt. Floating-point
-# sums that are formed so are complete, but the order of the additions still changes from run to
-# run, and with it the last bits. If two runs must agree bit for bit, let one program form each
-# sum.
+# ``tl.atomic_add`` reads, adds and stores in one step that no other program can interrupt. So nothing
+# is lost. But the order of the additions still changes from run to run, and with it the last bits of
+# a floating-point sum. If two runs must agree bit for bit, let one program form each sum.
 #
 # A tolerance that hides the error
 # --------------------------------
@@ -229,54 +221,159 @@ if __name__ == "__main__":
 # A benchmark that measures something else
 # ----------------------------------------
 #
-# A launch returns before the kernel has run, so a clock around it measures the launch. And a
-# tensor that was just used lies in the cache, so a loop over one small tensor measures the cache.
-# ``do_bench`` avoids both: it waits for the GPU, and it empties the cache before each run.
+# A launch returns before the kernel has run, so a clock around it measures the launch. And a tensor
+# that was just used lies in the cache, so a loop over one tensor measures the cache. ``do_bench``
+# avoids both: it waits for the GPU, and it empties the cache before each run. Here are all three, for
+# the copy kernel from above:
 
-if __name__ == "__main__" and not INTERPRET:
+
+def clock_around(run):
+    """Seconds, of the launch."""
     import timeit
 
-    x = torch.ones(2**22, device=DEVICE)
-    y = torch.empty_like(x)
-    n_bytes = 2 * x.nbytes
+    run()
+    return timeit.timeit(run, number=20) / 20
 
-    def copy():
-        copy_kernel[(2**12,)](y, x, 2**22, 1024, True)
 
-    copy()
-    launch = timeit.timeit(copy, number=100) / 100
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def loop_over(run):
+    """Seconds, of many runs on the same tensors, captured in a graph so that the CPU takes no time."""
+    run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):  # so that the launches take the CPU no time
-        for _ in range(100):
-            copy()
+    with torch.cuda.graph(graph):
+        for _ in range(20):
+            run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     graph.replay()
     end.record()
-    torch.cuda.synchronize()
-    loop = start.elapsed_time(end) / 100
-    fair = triton.testing.do_bench(copy, return_mode="median")
-    print(f"a clock around the launch: {n_bytes / launch / 1e9:6.0f} GB/s")
-    print(f"a loop over one tensor:    {n_bytes / loop / 1e6:6.0f} GB/s")
-    print(f"do_bench:                  {n_bytes / fair / 1e6:6.0f} GB/s")
+    torch.accelerator.synchronize()
+    return start.elapsed_time(end) / 20 / 1000
+
+
+def fair(run):
+    """Seconds, from ``do_bench``."""
+    return triton.testing.do_bench(run, return_mode="median") / 1000
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["n_elements"], x_vals=[2**i for i in range(14, 28)], x_log=True, y_log=True,
+        line_arg="time", line_vals=[fair, loop_over, clock_around],
+        line_names=["do_bench", "a loop over one tensor", "a clock around the launch"],
+        styles=[("#555555", "--"), ("#cc79a7", "-"), ("#cc79a7", ":")],
+        xlabel=f"elements, float32\n{MACHINE}", ylabel="GB/s",
+        plot_name="ways-to-time", args={},
+    )
+)  # fmt: skip
+def benchmark(n_elements, time):
+    x = torch.ones(n_elements, device=DEVICE)
+    y = torch.empty_like(x)
+    grid = (triton.cdiv(n_elements, 1024),)
+    seconds = time(lambda: copy_kernel[grid](y, x, n_elements, 1024, True))
+    return 2 * x.nbytes / seconds / 1e9
+
+
+if __name__ == "__main__" and not INTERPRET:
+    speed = benchmark.run(show_plots=True, return_df=True)
+    print(speed[::3].astype(int).to_string(index=False))
 
 # %%
-# A figure with the speed of a copy in it protects you, too: a kernel that seems to be much faster
-# than a copy of the same bytes is measured wrongly.
+# The clock's line rises and rises, because a launch takes the same time however much there is to
+# copy. The loop is right for large tensors, but too fast for those that fit into the cache. Only
+# ``do_bench`` says how fast the kernel is when its data come from memory. A copy in each figure, timed
+# in the same way, protects you: if a kernel seems much faster than a copy of the same bytes, the
+# measurement is wrong.
 #
 # Look inside
 # -----------
 #
-# When a test fails and you don't see why, look at the values:
+# When a test fails and you don't see why, look at the values. Begin in the interpreter. It needs no
+# GPU, and a kernel is ordinary Python there: ``print`` shows a whole block, and ``breakpoint()``
+# stops in the middle of a kernel. Here a script has both. We type two commands into Python's
+# debugger: ``p`` prints an expression, and ``c`` continues.
+
+SCRIPT = """
+import torch, triton
+import triton.language as tl
+
+@triton.jit
+def look_kernel(x_ptr, n_cols, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + cols, mask=cols < n_cols, other=0.0)
+    LOOK
+    tl.store(x_ptr + cols, x, mask=cols < n_cols)
+
+x = torch.arange(1.0, 5.0, device="DEVICE")
+for n_cols in (4, 3):
+    look_kernel[(1,)](x[:n_cols].clone(), n_cols, 4)
+    torch.accelerator.synchronize() if x.is_cuda else None
+"""
+
+
+def run_script(script, *tool, typed="", **environment):
+    """What a script prints, run in a process of its own, which may fail."""
+    import subprocess
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "script.py")
+        path.write_text(script)
+        result = subprocess.run(
+            [*tool, sys.executable, str(path)], env=os.environ | environment,
+            input=typed, capture_output=True, text=True,
+        )  # fmt: skip
+    return result.stdout + result.stderr
+
+
+def look(lines, device):
+    """The script with these lines in its kernel."""
+    return SCRIPT.replace("LOOK", "\n    ".join(lines)).replace("DEVICE", device)
+
+
+if __name__ == "__main__":
+    script = look(['print("x is", x)', "breakpoint()"], "cpu")
+    output = run_script(script, typed="p x + cols\nc\n" * 2, TRITON_INTERPRET="1")
+    print(*(line for line in output.splitlines() if "[" in line), sep="\n")
+
+# %%
+# The second block ends with the 0 that ``other`` put there.
 #
-# - With ``TRITON_INTERPRET=1`` a kernel is ordinary Python, and ``print(x)`` and ``breakpoint()``
-#   work in it. Begin here: it needs no GPU, and it shows whole blocks.
-# - On a GPU, ``tl.device_print("x", x)`` prints from every thread of every program, so launch one.
-# - ``tl.device_assert(condition, "message")`` stops the kernel where the condition is false, if
-#   the environment has ``TRITON_DEBUG=1``.
-# - ``compute-sanitizer`` has tools for memory (the default), for races in shared memory (``--tool
-#   racecheck``) and for reads of memory that nobody wrote (``--tool initcheck``).
-#
+# On a GPU, ``tl.device_print`` prints from every thread of every program, so launch only one. And
+# ``tl.device_assert`` stops a kernel where a condition is false, if the environment has
+# ``TRITON_DEBUG=1``; otherwise it costs nothing. After that the process can't use the GPU any more.
+# (The interpreter prints, but ignores the assertion.)
+
+if __name__ == "__main__" and not INTERPRET:
+    import re
+
+    lines = ['tl.device_print("x", x)', 'tl.device_assert(x > 0, "x is not positive")']
+    output = run_script(look(lines, DEVICE), TRITON_INTERPRET="0", TRITON_DEBUG="1")
+    print(*sorted(set(re.findall("pid.*", output)))[:4], sep="\n")
+    print(*sorted(set(re.findall("Assertion .* failed", output))), sep="\n")
+
+# %%
+# The compute sanitizer comes with CUDA. It watches a program that you don't change, and finds
+# accesses outside of allocated memory. PyTorch hands out parts of large allocations, so switch that
+# off with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``. Here is the store without a mask once more. (With
+# ``--tool racecheck`` the sanitizer finds races in shared memory, and with ``--tool initcheck`` reads
+# of memory that nobody wrote.)
+
+if __name__ == "__main__" and not INTERPRET:
+    import shutil
+
+    sanitizer = shutil.which(
+        "compute-sanitizer", path=os.environ["PATH"] + ":/usr/local/cuda/bin"
+    )
+    if sanitizer:
+        script = look(["tl.store(x_ptr + cols, x)"], DEVICE)
+        environment = {"TRITON_INTERPRET": "0", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        output = run_script(script, sanitizer, **environment)
+        print(*re.findall("Invalid .*|ERROR SUMMARY.*", output)[-2:], sep="\n")
+    else:
+        print("The compute sanitizer is not installed on this machine.")
+
+# %%
 # A list for every kernel
 # -----------------------
 #

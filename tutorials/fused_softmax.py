@@ -7,12 +7,12 @@ Fused softmax
 You write a GPU kernel for softmax that reads each number once and writes each result once, where
 five PyTorch operators go to memory again and again. You count the bytes first, so that you know
 how fast it could be. Then you check it against PyTorch, and measure it beside a plain copy of the
-same bytes, which is about as fast as memory goes. You need to know PyTorch, and no CUDA.
+same bytes, which is about as fast as the memory allows. No CUDA is needed.
 
 You will learn
 
 - how to count the bytes that an operation moves, and to read the count as a limit on its speed;
-- how a Triton kernel works on rows of any length, although its blocks are powers of two;
+- how to write a kernel in Triton, also for rows whose length is not a power of two;
 - how to check a kernel, and how to measure it so that the figure means something.
 
 Needs: PyTorch.
@@ -22,15 +22,15 @@ Needs: PyTorch.
 # Setting up
 # ----------
 #
-# Every lesson starts with these lines. If there is a GPU, Triton compiles the kernels for it. If
-# there is none, Triton's *interpreter* runs the same kernels on the CPU, with NumPy. That is slow,
-# but the results are the same up to rounding, so you can follow everything except the measurements
-# on any computer with Linux. Triton reads ``TRITON_INTERPRET`` while it is imported, so the
-# variable has to be set before.
+# A *kernel* is a function that runs on the GPU, and *Triton* lets you write one in Python. If there
+# is a GPU, Triton compiles the kernels for it. If there is none, Triton's *interpreter* runs the
+# same kernels on the CPU, with NumPy. That is slow, but the results are the same up to rounding, so
+# you can follow everything except the measurements on any computer with Linux.
 #
-# What stands under ``if __name__ == "__main__":`` runs on this page, in the notebook and when you
-# run the file as a script, but not when you import a function of the lesson into a program of
-# yours.
+# Every lesson starts with these lines. They set ``DEVICE``, where the tensors go, and
+# ``INTERPRET``, true if there is no GPU. Triton reads ``TRITON_INTERPRET`` while it is imported, so
+# the variable has to be set before. The code under ``if __name__ == "__main__":`` runs on this
+# page, in the notebook and in the script, but not when you import a function of the lesson.
 
 # sphinx_gallery_thumbnail_path = '_static/softmax_traffic.svg'
 import os
@@ -88,8 +88,8 @@ def naive_softmax(x):
 # The result only needs every element to be read once and written once: :math:`MN` in and
 # :math:`MN` out. The five operators move :math:`8MN + 4M` elements, about four times as many. So a
 # kernel that reads a row, computes everything on the chip, and writes the result should be about
-# four times as fast, as long as the arithmetic takes less time than the bytes. Putting several
-# operators into one kernel is called *fusion*.
+# four times as fast, as long as the arithmetic takes less time than moving the bytes. Putting
+# several operators into one kernel is called *fusion*.
 #
 # .. image:: /_static/softmax_traffic.svg
 #    :alt: Left: five operators, each with arrows to and from the GPU's memory, eight MN in all. Right: one fused kernel with one arrow in and one arrow out, two MN in all.
@@ -101,29 +101,31 @@ def naive_softmax(x):
 # they share. A multiprocessor runs many *threads* at the same time, and each thread keeps the
 # values that it works on in *registers*. Reaching a register costs next to nothing. Reaching the
 # memory takes hundreds of times as long, and all multiprocessors together can move only so many
-# bytes in a second. Caches lie in between, of which *L2* is the largest.
+# bytes in a second. In between there are *caches*, which keep what was used last. The largest is
+# *L2*. In *shared memory*, the threads of a multiprocessor exchange data; Triton does that for you.
 #
 # .. image:: /_static/memory_hierarchy.svg
 #    :alt: From top to bottom: registers, 256 KiB in each of 132 multiprocessors of an H100; shared memory and L1, 256 KiB in each; L2, 50 MiB for all of them; memory, 80 GB. The further down, the larger and the slower.
 #
-# You write a Triton kernel for one *program*. A launch starts many programs, and the
-# multiprocessors run them side by side, in any order. Each program asks ``tl.program_id`` for its
-# number, and finds its part of the data with it. In this kernel, program i computes row i. Triton
-# divides the elements of the row among the threads for you.
+# You write a Triton kernel for one *program*. To *launch* the kernel is to start many programs,
+# which the multiprocessors run side by side, in any order. Each program asks ``tl.program_id`` for
+# its number, which tells it what part of the data is its own. In this kernel, program i computes
+# row i. Triton divides the elements of the row among the threads for you.
 #
 # A row and its block
 # -------------------
 #
 # A tensor that you pass to a kernel arrives as a *pointer*: the address of its first element. A
-# pointer plus a number is the address that many elements further on. A program works on *blocks*
-# of numbers. ``tl.arange(0, BLOCK)`` is the block 0, 1, ..., ``BLOCK - 1``, so ``x_ptr + row *
-# x_row_stride + cols`` is a block of addresses, those of the row's elements, and ``tl.load``
-# fetches what is stored there.
+# pointer plus 3 is the address of the element three places further on. A program works on *blocks*
+# of numbers. ``tl.arange(0, BLOCK)`` is the block 0, 1, ..., ``BLOCK - 1``, the numbers of the
+# columns. We add them to ``x_ptr + row * x_row_stride``, where the row begins: the row's number
+# times the distance from one row to the next. That gives a block of addresses, one for each element
+# of the row, and ``tl.load`` fetches what is stored there.
 #
-# The size of a block must be a power of two, and a row can have any length. So we take the next
-# power of two, and a *mask* says which elements exist. ``tl.load`` leaves the others alone and
-# puts ``other`` in their place. Here that is ``-inf``: it is never the maximum, and its
-# exponential is 0, so it does not change the sum.
+# The size of a block must be a power of two, but a row can have any length. So we take the next
+# power of two, and a *mask* says which elements exist. ``tl.load`` does not read the others, and
+# puts ``other`` in their place. Here that is ``-inf``, which changes neither the maximum nor, as
+# its exponential is 0, the sum.
 #
 # .. image:: /_static/row_block.svg
 #    :alt: A row of 5 elements in a block of 8. The mask is true for columns 0 to 4. The last three elements of the block are minus infinity and are neither read nor written.
@@ -134,12 +136,12 @@ def naive_softmax(x):
 
 @triton.jit
 def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
-    # A large tensor has more than 2^31 elements, so positions are computed in 64 bits.
+    # A tensor can have more than 2^31 elements, so positions are computed in 64 bits.
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < n_cols
     x = tl.load(x_ptr + row * x_row_stride + cols, mask=mask, other=-float("inf"))
-    # float16 and bfloat16 are too coarse to add up in.
+    # A sum in float16 or bfloat16 would lose too many digits.
     if x.dtype.primitive_bitwidth < 32:
         x = x.to(tl.float32)
     numerator = tl.exp(x - tl.max(x, axis=0))
@@ -151,28 +153,28 @@ def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
 # These are the five steps of the naive version. But ``x``, ``numerator`` and ``denominator`` stay
 # in registers, and only ``tl.load`` and ``tl.store`` go to memory.
 #
-# - ``BLOCK`` is a ``tl.constexpr``: the compiler knows its value. Triton compiles the kernel the
-#   first time that you call it with a new value, and keeps the result.
+# - ``@triton.jit`` makes a kernel of the function. Triton compiles it when you first call it.
+# - ``BLOCK`` is a ``tl.constexpr``: the compiler knows its value. For each new value Triton
+#   compiles the kernel once more, and keeps the result.
 # - The ``if`` is decided by the compiler as well, because it knows the dtype of ``x``. The
 #   compiled kernel contains one of the two cases, and no test.
-# - ``tl.exp`` is fast because it is approximate. The last few bits may differ from those of a
-#   carefully rounded exponential, and the check below shows how little of that is left in the
-#   result.
+# - ``tl.exp`` is fast because it is approximate. Its last few bits may differ from those of a
+#   carefully rounded exponential. The check below prints how much that changes the result.
 #
 # Launch it
 # ---------
 #
 # ``softmax_kernel[grid](...)`` launches the kernel. The *grid* says how many programs to start;
 # here it is one for each row. The arguments follow as in any call, and ``num_warps`` says how many
-# threads a program gets: a *warp* is a group of 32 threads.
+# threads a program gets: a *warp* is a group of 32 threads, or 64 on some of AMD's GPUs.
 #
-# How many should it be? With few warps, each thread has many elements in its registers, and if
-# there are too many they *spill* into memory. With many warps, each thread has little to do, and
-# more time goes into combining the threads' results. 64 bytes for each thread is a good start;
-# :ref:`inside a kernel` tries the alternatives.
+# How many warps are right? With few, each thread has many elements in its registers, and if there
+# are too many, some *spill*: they are stored in memory and read again. With many warps, each thread
+# has little to do, and more time goes into combining the threads' results. A good start is 64 bytes
+# of the row for each thread; :ref:`inside a kernel` tries the alternatives.
 
 
-# Threads of a warp: 64 on some of AMD's GPUs. No program has more than 1024 threads.
+# The threads of a warp. No program has more than 1024 threads.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
@@ -190,8 +192,7 @@ def launch_row_softmax(x):
 # Is it right?
 # ------------
 #
-# Choose a shape that a careless kernel gets wrong. 781 columns are no power of two, so the mask
-# matters. (The number of rows proves nothing here, since each program has one row.)
+# Choose a shape that a careless kernel gets wrong. 781 is not a power of two, so the mask matters.
 #
 # ``assert_close`` raises an error, and so stops this page from being built, if an element differs
 # by more than rounding explains. By default it also accepts an absolute error of 1e-5, which is a
@@ -208,25 +209,25 @@ if __name__ == "__main__":
     print(f"largest error of torch.softmax: {(reference - exact).abs().max():.1e}")
 
 # %%
-# The errors are differences from softmax in float64. Both are rounding errors of float32. On a
-# GPU, ours includes the approximate exponential; the interpreter takes NumPy's.
+# The errors are differences from softmax in float64. Both have the size of float32's rounding. On a
+# GPU, ours includes the error of the approximate exponential. The interpreter uses NumPy's.
 #
 # Is it fast?
 # -----------
 #
-# Timing a GPU has its traps. A launch returns before the kernel has run, the first call compiles,
-# and data that was used a moment ago is still in a cache. ``triton.testing.do_bench`` takes care
-# of all three: it warms up, clears the L2 cache before each run, and lets the GPU take the time.
-# We use the median of many runs.
+# It is easy to time a GPU wrongly. A launch returns before the kernel has run, the first call
+# compiles, and data that was used a moment ago is still in a cache. ``triton.testing.do_bench``
+# takes care of all three: it warms up, clears the L2 cache before each run, and has the GPU itself
+# take the time. We use the median of many runs.
 #
-# ``perf_report`` turns a function into a figure: it calls it for each size and each line. Our
-# lines are this kernel, ``torch.softmax``, the naive version as it is and as TorchScript,
-# PyTorch's older compiler, fuses it, and a copy. The copy also reads and writes each element once,
-# but computes nothing, so it is the limit. (It is a measured limit. The bandwidth in a GPU's data
-# sheet is higher, and no kernel reaches it.)
+# ``perf_report`` turns a function into a figure: it calls it for each size and each line. The lines
+# are this kernel, ``torch.softmax``, the naive version, the naive version as it is fused by
+# TorchScript, PyTorch's older compiler, and a copy. The copy also reads and writes each element
+# once, but computes nothing, so we take it for the limit. (This is a measured limit. The data sheet
+# of an H100 promises 3.35 terabytes a second, which a copy does not reach.)
 #
-# The scale is in GB/s: the bytes that *must* move, :math:`2MN` elements, over the time taken. A
-# version that moves more bytes than it must shows up lower.
+# The scale is in GB/s: the bytes that *must* move, :math:`2MN` elements, divided by the time. So a
+# version that moves more bytes than it must is lower in the figure.
 
 from functools import cache
 
@@ -275,12 +276,12 @@ def benchmark(n_rows, n_cols, line):
 
 
 # %%
-# Only a GPU is worth timing: the time that the interpreter takes says nothing about the kernel.
+# The interpreter's time says nothing about the kernel, so this runs on a GPU only.
 
 if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate
 
-    layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
+    layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 16}
     speed = benchmark.run(show_plots=True, return_df=True)
     print(tabulate(speed[speed.n_cols % 1536 == 0], "keys", **layout))
     n_cols, fused, torch_softmax, scripted, eager, copy = speed.iloc[-1]
@@ -295,25 +296,26 @@ if __name__ == "__main__" and not INTERPRET:
     )
 
 # %%
-# The eager naive version moves :math:`8MN` elements instead of :math:`2MN`, so you predicted a
-# quarter of the copy's speed for it. Compare. TorchScript fuses some of the five operators, and
-# lies above it. Whatever is missing between our kernel and the copy is all that a better kernel
-# could still gain. (A line can lie a little above the copy, because the copy is only a kernel,
-# too.)
+# "Eager" is the naive version as PyTorch runs it, one operator after another. It moves :math:`8MN`
+# elements instead of :math:`2MN`, so the count predicts a quarter of the copy's speed. On an H100,
+# wide rows reach a little less than that, so the count explains most of the time. TorchScript fuses
+# some of the five operators, and is faster. The distance from our kernel up to the copy is all that
+# a better kernel could still gain. (A line can lie a little above the copy, which is a kernel like
+# others.)
 #
 # On the left of the figure all lines fall. The matrix is small there, and a kernel needs a few
 # millionths of a second to start and to end, however little it moves. You will see this on the left
-# of every figure. In a program with many such kernels something else comes on top: the CPU often
-# takes longer to launch a kernel than the GPU takes to run it, and then the GPU waits. The program
-# is *CPU-bound*. ``do_bench`` does not show that, because the CPU launches your kernel while the GPU
-# is still clearing the cache. :ref:`operators` measures it.
+# of every figure. A program with many such kernels has another cost: the CPU often takes longer to
+# launch a kernel than the GPU takes to run it, and then the GPU waits. The program is *CPU-bound*.
+# ``do_bench`` does not show that, because the CPU launches your kernel while the GPU is still
+# clearing the cache. :ref:`operators` measures it.
 #
 # Where it loses
 # --------------
 #
-# The figure shows one dtype and a narrow range of widths. Look further: bfloat16 as well, with
-# half the bytes for each element, and rows from 256 to 131072 columns, always 2^28 elements, so
-# that no launch is short. The scale is now the share of the copy's speed.
+# The figure shows one dtype and a narrow range of widths. The next one adds bfloat16, which has
+# half the bytes for each element, and goes from 256 to 131072 columns. The matrix always has 2^28
+# elements, so no launch is short. The scale is now the share of the copy's speed.
 
 
 @triton.testing.perf_report(
@@ -345,25 +347,25 @@ if __name__ == "__main__" and not INTERPRET:
     print(tabulate(share, "keys", **layout))
 
 # %%
-# Three things go wrong, and each has a lesson that mends it.
+# Three things go wrong, and later lessons mend them.
 #
 # - **Narrow rows.** A row of 256 columns in bfloat16 has 512 bytes. A program that loads so little
-#   spends most of its time on starting and ending. :ref:`softmax tiles` gives a program several
+#   spends much of its time on starting and ending. :ref:`softmax tiles` gives a program several
 #   rows.
 # - **Unaligned rows.** A thread can load 16 bytes with one instruction, but only if the compiler
-#   knows that they begin at a multiple of 16. For 5000 columns it does not, so every element is
-#   loaded by itself. The same lesson tells the compiler more.
+#   knows that they begin at a multiple of 16. For 5000 columns it does not know that, so each
+#   element is loaded by itself. :ref:`softmax tiles` tells the compiler more.
 # - **Wide rows.** The last columns of the table count the registers that each thread spills to
-#   memory, with the 32 warps that these rows get. A row of 65536 float32 numbers takes all of a
-#   multiprocessor's 256 KiB of registers, and so does one in bfloat16, because the kernel widens
+#   memory, with the 32 warps that wide rows get. A row of 65536 float32 numbers would take all of a
+#   multiprocessor's 256 KiB of registers, and so would one in bfloat16, because the kernel widens
 #   it to float32. :ref:`softmax slices` lets several programs share a row.
 #
 # As a public function
 # --------------------
 #
-# The launch above takes a matrix whose rows lie in memory one element after another. A function
-# that others call should take any tensor, or say what is wrong with it. This one has no gradient:
-# :ref:`softmax tiles` adds it.
+# The launch above takes a matrix in which the elements of a row are neighbours in memory. A
+# function that others call should take any tensor, or say what is wrong with it. This one has no
+# gradient; :ref:`softmax tiles` adds it.
 
 
 def row_softmax(x):
@@ -404,7 +406,7 @@ def row_softmax(x):
         )
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # None but in forward mode
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # set in forward mode only
     if (x.requires_grad and torch.is_grad_enabled()) or tangent is not None:
         raise ValueError(
             "x requires a gradient, which row_softmax does not compute; use tile_softmax, "
@@ -412,9 +414,8 @@ def row_softmax(x):
         )
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rows = x.resolve_neg().reshape(
-        -1, x.shape[-1]
-    )  # z.conj().imag negates only when read
+    x = x.resolve_neg()  # apply a negation that PyTorch has put off, as in z.conj().imag
+    rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
@@ -422,7 +423,7 @@ def row_softmax(x):
 
 
 # %%
-# A row of nothing but ``-inf`` is worth a look. Attention masks that hide every key make such
+# What happens to a row of nothing but ``-inf``? An attention mask that hides every key makes such
 # rows. Their maximum is ``-inf``, and ``-inf - -inf`` is NaN, here as in PyTorch:
 
 if __name__ == "__main__":
@@ -434,18 +435,19 @@ if __name__ == "__main__":
 # Exercises
 # ---------
 #
-# 1. Write ``log_softmax``. Which of the values that the kernel has at hand do you need? Check it
-#    against ``torch.log_softmax`` on rows that hold 1e4 and -1e4.
+# 1. Write ``log_softmax``. Which of the kernel's values do you need for it? Check it against
+#    ``torch.log_softmax`` on rows that hold 1e4 and -1e4.
 # 2. Write the kernel for another row-wise operator on your own, root mean square normalization:
-#    each row divided by the square root of the mean of its squares. How many elements must it
-#    move, and how many does a version of PyTorch operators move?
-# 3. Remove ``other=-float("inf")`` and run the check. On which widths can it not fail?
+#    each row is divided by the square root of the mean of its squares. How many elements must it
+#    move, and how many does a version made of PyTorch operators move?
+# 3. Remove ``other=-float("inf")`` and run the check. At which widths does it pass all the same?
 #
 # .. note::
 #    Try it first.
 #
-#    1. The maximum and the sum: the logarithm of y is x - m - log(s). Taking the logarithm of the
-#       finished softmax would not do, because at -1e4 it is 0, whose logarithm is -inf.
+#    1. You need the maximum m and the sum s: the logarithm of y is x - m - log(s). The logarithm of
+#       the finished softmax would be wrong: beside 1e4, softmax makes 0 of -1e4, and log(0) is
+#       -inf.
 #
 #       .. code-block:: python
 #
@@ -472,9 +474,10 @@ if __name__ == "__main__":
 #          x[:, 0], x[1:, 1] = -1e4, 1e4
 #          torch.testing.assert_close(log_softmax(x), torch.log_softmax(x, dim=-1))
 #
-#    2. It must move 2MN, as softmax. ``x / x.square().mean(-1, keepdim=True).sqrt()`` moves 2MN for the
-#       square, MN for the mean and 2MN for the division, and a few times M. In the kernel, padding with
-#       0 adds nothing to the sum, but the mean has to divide by the true number of columns.
+#    2. It must move 2MN elements, like softmax. ``x / x.square().mean(-1, keepdim=True).sqrt()``
+#       moves 2MN for the square, MN for the mean and 2MN for the division, and a few times M. In
+#       the kernel, padding with 0 adds nothing to the sum, but the mean has to divide by the true
+#       number of columns.
 #
 #       .. code-block:: python
 #
@@ -494,9 +497,9 @@ if __name__ == "__main__":
 #              rms_norm_kernel[(len(x),)](y, x, x.stride(0), x.shape[1], eps, BLOCK)
 #              return y
 #
-#    3. On powers of two: there nothing is padded. On all others the padding has no defined value. If
-#       it happens to be 0, each padded element adds exp(0 - m) to the sum. :ref:`debugging` does this
-#       on purpose.
+#    3. At powers of two, where nothing is padded. At all others the padding has no defined value.
+#       If it happens to be 0, each padded element adds exp(0 - m) to the sum. :ref:`debugging` does
+#       this on purpose.
 #
 # References
 # ----------

@@ -4,15 +4,15 @@
 Inside a kernel
 ===============
 
-The compiler tells you in advance how many registers a kernel takes, how it reads memory, and
-whether it spills, if you know where to ask. In this lesson you compile one kernel for GPUs that
-need not be in your machine, read what became of it, and let measurements choose its settings.
+You find out what the compiler made of a kernel: how many registers it takes, how it reads memory,
+and whether it spills. None of that needs a GPU. Then you measure what a GPU makes of it: which
+settings are best, how much arithmetic it can do while it waits for memory, and where the time goes.
 
 You will learn
 
 - how to read registers, spills and load instructions off a compiled kernel, without a GPU;
 - how ``num_warps`` changes the compiled kernel, and how to find the best value;
-- how to find out where the time of a program goes.
+- whether memory or arithmetic limits a kernel, and where the time of a program goes.
 
 Needs: PyTorch, and :ref:`fused softmax`.
 """
@@ -83,17 +83,16 @@ def softmax_with_warps(x, num_warps):
 # Compile it for a GPU that you don't have
 # ----------------------------------------
 #
-# Triton turns the Python function into machine code in steps. On the way to an NVIDIA GPU it
-# writes *PTX*, an assembly language for all of them, and NVIDIA's assembler ``ptxas``, which comes
-# with Triton, turns that into *SASS*, the code of one generation. None of this needs a GPU: you
-# name the target yourself.
+# Triton turns the Python function into machine code in steps. For NVIDIA's GPUs it writes *PTX*, an
+# assembly language for all of them. NVIDIA's assembler ``ptxas``, which comes with Triton, turns that
+# into *SASS*, the code of one generation. None of this needs a GPU: you name the target yourself.
 #
 # .. image:: /_static/compile_steps.svg
 #    :alt: Python function, Triton's intermediate code, PTX, SASS. Beside each step: what one can read there. For AMD the last two are LLVM and AMD's assembly.
 #
-# What a launch finds out from its arguments you have to say as well: their types, and which of
-# them are multiples of 16. The compiler runs in a process of its own here, because in the
-# interpreter's process even ``tl.max`` is interpreted.
+# A launch finds out from its arguments what their types are, and which of them are multiples of 16.
+# Here you have to say it. The compiler runs in a process of its own, because in a process with the
+# interpreter even ``tl.max`` is interpreted.
 
 COMPILER = """
 import json, re, subprocess, sys, tempfile
@@ -125,6 +124,7 @@ for case in json.load(sys.stdin):
             ).stdout
         registers, spilled = re.search(r"REG:(\\d+) STACK:(\\d+)", dump).groups()
         code = {"PTX": compiled.asm["ptx"], "SASS": dump}
+        found["instructions"] = len(re.findall(r"/\\*[0-9a-f]{4,}\\*/ +(?!NOP)", dump))
         loads = {"PTX": r"ld\\.global\\S*", "SASS": r"LDG\\S*"}
     else:
         code = {"assembly": compiled.asm["amdgcn"]}
@@ -178,38 +178,52 @@ def compile_for(*cases):
 #
 # A program keeps its row in registers, divided evenly among its threads. A multiprocessor of an
 # H100 has 65536 registers of 32 bits, so 32 warps of 32 threads can have 64 each. Predict: a row
-# of 32768 float32 numbers takes 32 registers a thread, which leaves as many again for addresses
-# and intermediate results. A row of 65536 takes all 64 for the data alone, so it cannot fit.
+# of 32768 float32 numbers takes 32 registers in each thread, which leaves 32 for addresses and
+# intermediate results. A row of 65536 takes all 64 for the data alone, so it cannot fit. With a
+# GPU, the last column is the speed that your GPU reaches.
+
+
+def speed(n_cols, num_warps, dtype):
+    """Softmax of 2^27 elements, as a share of a copy's speed."""
+    x = torch.randn(2**27 // n_cols, n_cols, device=DEVICE, dtype=dtype)
+    times = [
+        triton.testing.do_bench(run, return_mode="median")
+        for run in (x.clone, lambda: softmax_with_warps(x, num_warps))
+    ]
+    return times[0] / times[1]
+
 
 if __name__ == "__main__":
     from tabulate import tabulate
 
     widths = [1024, 4096, 16384, 32768, 65536, 131072]
     rows = []
-    for dtype in ("fp32", "bf16"):
+    for dtype, torch_dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         cases = [
             {"BLOCK": n, "num_warps": min(n // 512, 32), "dtype": dtype} for n in widths
         ]
         for case, found in zip(cases, compile_for(*cases), strict=True):
+            n, warps = case["BLOCK"], case["num_warps"]
             numbers = [found[key] for key in ("registers", "spilled", "shared")]
-            rows.append([dtype, *list(case.values())[:2], *numbers])
+            share = "" if INTERPRET else f"{speed(n, warps, torch_dtype):.0%}"
+            rows.append([dtype, n, warps, *numbers, share])
     headers = ["dtype", "columns", "warps", "registers", "bytes spilled", "bytes shared"]
-    print(tabulate(rows, headers))
+    print(tabulate(rows, [*headers, "of a copy's speed"], maxheadercolwidths=9))
 
 # %%
-# What does not fit is *spilled*: every thread writes it to memory and reads it back, for every
-# row. The prediction holds, and at 131072 columns most of the row lives in memory. bfloat16 takes
-# half the bytes in memory, but the kernel widens each element to float32 before it computes, so it
-# spills at the same width. Shared memory holds only what the warps tell each other in the two
-# reductions: one number for each warp.
+# What does not fit is *spilled*: every thread writes it to memory and reads it back. The prediction
+# holds, and at 131072 columns most of the row is spilled. bfloat16 takes half the bytes in memory,
+# but the kernel widens each element to float32 before it computes, so it spills at the same width.
+# Shared memory holds only what the warps tell each other in the two reductions: one number for each
+# warp.
 #
 # One load or four
 # ----------------
 #
 # A thread can load up to 16 bytes with one instruction, if the address is a multiple of 16. The
-# compiler cannot see addresses, so it relies on what it is told: the first address is aligned, and
-# so is each row's, if the width is a multiple of 16 elements. Otherwise it has to load each
-# element alone.
+# compiler can't see addresses, so it relies on what it is told: the first address is aligned, and
+# the width is, or is not, a multiple of 16 elements. If it is not, rows may begin anywhere, and each
+# element is loaded alone.
 
 if __name__ == "__main__":
     cases = [{"dtype": d, "aligned": a} for d in ("fp32", "bf16") for a in (True, False)]
@@ -219,16 +233,15 @@ if __name__ == "__main__":
     print(tabulate(rows, ["dtype", "multiple of 16", "PTX", "SASS"]))
 
 # %%
-# ``v4.b32`` are four words of 32 bits, and ``LDG.E.128`` is the same in the GPU's own code: a load
-# of 128 bits. Without the promise, bfloat16 needs eight instructions where one would do. That is
-# why a width of 5000 or 50257 is slow in :ref:`fused softmax`, and why :ref:`softmax tiles` passes
-# widths in a form that keeps the promise where it can.
+# ``v4.b32`` are four words of 32 bits, and ``LDG.E.128`` is the same in SASS: a load of 128 bits. If
+# the width is no multiple of 16, bfloat16 needs eight instructions where one would do. That is why a
+# width of 5000 is slow in :ref:`fused softmax`, and why :ref:`softmax tiles` passes widths in
+# another form.
 #
 # Other GPUs
 # ----------
 #
-# The same kernel for four generations. A number here says nothing about speed: compiling is not
-# running.
+# Here is the same kernel for four GPUs. These numbers say nothing about speed: nothing has run.
 
 if __name__ == "__main__":
     targets = {"A100": A100, "H100": H100, "B200": B200, "MI300": MI300}
@@ -245,34 +258,33 @@ if __name__ == "__main__":
     print(tabulate(rows, ["GPU", "columns", "registers", "bytes spilled", "load"]))
 
 # %%
-# AMD's warps have 64 threads. So the same 16 warps are twice as many threads, and each holds half
-# as much.
+# The warps of this AMD GPU have 64 threads. So the same 16 warps are twice as many threads, and each
+# of them holds half as much.
 #
 # How many warps?
 # ---------------
 #
-# The lessons give each thread 64 bytes of a row. On a GPU, try all choices, and see beside the
-# time what each does to the registers. (A launch returns the compiled kernel, which knows its
-# ``n_regs`` and ``n_spills``.) More warps mean fewer elements for each thread, but more threads to
-# combine results from.
+# The lessons give each thread 64 bytes of a row. Try other choices, for rows of 4096 float32 numbers.
+# More warps mean fewer elements for each thread, but more threads to combine results from.
 
-if __name__ == "__main__" and not INTERPRET:
-    x = torch.randn(2**15, 4096, device=DEVICE)
-    y = torch.empty_like(x)
-    copy = triton.testing.do_bench(x.clone, return_mode="median")
+if __name__ == "__main__":
+    cases = [{"BLOCK": 4096, "num_warps": n} for n in (1, 2, 4, 8, 16, 32)]
     rows = []
-    for num_warps in (1, 2, 4, 8, 16, 32):
-        kernel = softmax_kernel[(len(x),)](y, x, 4096, 4096, 4096, num_warps=num_warps)
-        time = triton.testing.do_bench(
-            lambda: softmax_with_warps(x, num_warps), return_mode="median"
+    for case, found in zip(cases, compile_for(*cases), strict=True):
+        n = case["num_warps"]
+        share = "" if INTERPRET else f"{speed(4096, n, torch.float32):.0%}"
+        rows.append(
+            [n, *(found[key] for key in ("registers", "spilled", "shared")), share]
         )
-        rows.append([num_warps, kernel.n_regs, kernel.n_spills, f"{copy / time:.0%}"])
-    print(tabulate(rows, ["warps", "registers", "spills", "of a copy's speed"]))
+    print(
+        tabulate(rows, ["warps", *headers[3:], "of a copy's speed"], maxheadercolwidths=9)
+    )
 
 # %%
 # ``triton.autotune`` automates the search. The first time that it meets a new value of the *key*,
-# here the width, it runs every configuration and keeps the fastest. What it found is lost when the
-# process ends, unless you set ``TRITON_CACHE_AUTOTUNING=1``.
+# here the width, it runs every configuration and keeps the fastest. The result is lost when the
+# process ends, unless you set ``TRITON_CACHE_AUTOTUNING=1``, which keeps it in Triton's folder,
+# ``~/.triton/cache``.
 
 if __name__ == "__main__" and not INTERPRET:
     import time as clock
@@ -301,15 +313,86 @@ if __name__ == "__main__" and not INTERPRET:
         )
 
 # %%
-# A search is worth its time where you cannot predict the best setting, and a nuisance where every
-# new shape makes a user wait. The lessons search once, by hand, and write down a rule.
+# A search is worth its time where you can't predict the best setting, and a nuisance where every new
+# shape makes a user wait. The lessons search once, by hand, and write down a rule. The third exercise
+# repeats one of these searches.
+#
+# Memory or arithmetic?
+# ---------------------
+#
+# While a GPU waits for bytes it can compute, so some arithmetic costs no time. How much? This kernel
+# makes ``STEPS`` multiply-adds out of each element that it loads.
+
+
+@triton.jit
+def arithmetic_kernel(y_ptr, x_ptr, n_elements, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offsets, mask=offsets < n_elements)
+    for _ in tl.static_range(STEPS):  # the compiler writes the step out this many times
+        x = tl.fma(x, x, x)
+    tl.store(y_ptr + offsets, x, mask=offsets < n_elements)
+
+
+def launch_arithmetic(x, steps):
+    y = torch.empty_like(x)
+    grid = (triton.cdiv(x.numel(), 1024),)
+    arithmetic_kernel[grid](y, x, x.numel(), steps, 1024)
+    return y
+
+
+# %%
+# Draw the arithmetic that it gets done in a second over the arithmetic that each element takes, and
+# beside it the limit: the slower of a copy and of as many multiply-adds as the GPU can do. The limit
+# looks like a roof, and such a figure is called a *roofline*.
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["steps"], x_vals=[1, 2, 4, 8, 16, 32, 64, 128, 256], x_log=True,
+        line_arg="line", line_vals=["kernel", "limit"], line_names=["this kernel", "limit"],
+        styles=[("#d55e00", "-"), ("#555555", "--")], y_log=True,
+        xlabel=f"multiply-adds for each element, float32\n{MACHINE}",
+        ylabel="TFLOP/s", plot_name="roofline", args={},
+    )
+)  # fmt: skip
+def benchmark(steps, line):
+    x = torch.rand(2**27, device=DEVICE) - 1
+    runs = [lambda: launch_arithmetic(x, steps)]
+    if line == "limit":
+        runs = [x.clone, lambda: launch_arithmetic(x, 512)]
+    times = [triton.testing.do_bench(run, return_mode="median") for run in runs]
+    slower = max(times[0], times[-1] * steps / 512) if line == "limit" else times[0]
+    return 2 * steps * x.numel() / slower / 1e9
+
+
+if __name__ == "__main__":
+    if not INTERPRET:
+        roof = benchmark.run(show_plots=True, return_df=True)
+        slope, level = roof.iloc[0, -1], roof.iloc[-1, -1]
+        print(f"the slope meets the level at {level / slope:.0f} multiply-adds")
+    cases = [
+        {"BLOCK": 4096, "num_warps": 8, "dtype": dtype} for dtype in ("fp32", "bf16")
+    ]
+    for case, found in zip(cases, compile_for(*cases), strict=True):
+        each = found["instructions"] * 32 * case["num_warps"] / case["BLOCK"]
+        print(f"softmax, {case['dtype']}: {each:.0f} instructions for each element")
+
+# %%
+# Left of the bend memory is the limit, and a copy is the right thing to compare with. Right of it
+# arithmetic is, and moving fewer bytes makes nothing faster.
+#
+# Where does softmax stand? The last lines count its instructions in SASS. A multiply-add is one of the
+# fastest instructions, so this is a rough comparison, but it shows where to look. In float32 softmax
+# is far to the left of the bend. In bfloat16 an element has half the bytes, so the bend is at half
+# the number. On a GPU with faster memory and the same multiprocessors, such as an H200 beside an
+# H100, it is further to the left again.
 #
 # Where the time goes
 # -------------------
 #
-# PyTorch's profiler lists the kernels of a program with their times. Divide the bytes that a
-# kernel must move by its time, and compare with a copy: that is its share of the limit. The first
-# five rows are the five operators of the naive softmax, then come the fused kernel and the copy.
+# PyTorch's profiler lists the kernels of a program with their times. Divide the bytes that a kernel
+# moves by its time, and compare with a copy: that is its share of the limit. The first five rows are
+# the operators of the naive softmax, and the fused kernel and the copy follow.
 
 if __name__ == "__main__" and not INTERPRET:
     from torch.profiler import ProfilerActivity, profile
@@ -341,10 +424,10 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #    $ ncu --kernel-name softmax_kernel --launch-count 1 --set full python fused_softmax.py
 #
-# Read three numbers first. *Memory throughput* is given in per cent of what is possible; near the
-# top, only moving fewer bytes helps. If *compute throughput* is the higher one, look for
-# arithmetic or for narrow loads. If *achieved occupancy* is low and the theoretical one is, too,
-# then registers or shared memory leave room for only a few programs at a time.
+# Read three numbers first. *Memory throughput* is given in per cent of what is possible. If it is near
+# 100, only moving fewer bytes helps. If *compute throughput* is the higher one, look for arithmetic
+# or for narrow loads. If *achieved occupancy* is low, and *theoretical occupancy* as well, registers
+# or shared memory leave room for only a few programs at a time.
 #
 # Exercises
 # ---------
@@ -353,6 +436,8 @@ if __name__ == "__main__" and not INTERPRET:
 #    compiler.
 # 2. Which load instruction does float16 get, aligned and not? And for an aligned width, what
 #    changes with ``BLOCK`` 128 and 4 warps?
+# 3. :ref:`softmax tiles` has programs with several rows, and says that a tile of 4096 elements is a
+#    good size. On a GPU, find the best size for rows of 256 bfloat16 numbers yourself.
 #
 # .. note::
 #    Try it first.
@@ -381,9 +466,23 @@ if __name__ == "__main__" and not INTERPRET:
 #          ]
 #          loads = [found["PTX"] for found in compile_for(*cases)]
 #
+#    3. Put the file of that lesson beside yours, and time its launch. Sizes on both sides of the best one
+#       should be slower; if the best is at an end, look further.
+#
+#       .. code-block:: python
+#
+#          from softmax_tiles import launch_tile_softmax
+#
+#
+#          def times_of_tiles(x, time=triton.testing.do_bench):
+#              tiles = [2**i for i in range(8, 16)]
+#              return {n: time(lambda n=n: launch_tile_softmax(x, tile=n)) for n in tiles}
+#
 # References
 # ----------
 #
 # - NVIDIA's documentation of `PTX <https://docs.nvidia.com/cuda/parallel-thread-execution/>`_ and of its `binary utilities <https://docs.nvidia.com/cuda/cuda-binary-utilities/>`_.
 # - NVIDIA's documentation of `Nsight Compute <https://docs.nvidia.com/nsight-compute/>`_.
 # - Triton's documentation of `autotune <https://triton-lang.org/main/python-api/generated/triton.autotune.html>`_.
+# - S. Williams, A. Waterman and D. Patterson, `Roofline: an insightful visual performance model for multicore architectures <https://doi.org/10.1145/1498765.1498785>`_,
+#   2009.

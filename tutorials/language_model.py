@@ -7,7 +7,7 @@ A language model with all of them
 You train a small language model with several kinds of dropout, alone and together, and find out
 which conclusions the result allows. The model is that of AWD-LSTM, and the text comes with Python,
 so nothing has to be downloaded. At the end you measure what dropping the weights of an LSTM costs,
-once with the CPU's time in it and once without.
+once including the CPU's time and once without it.
 
 You will learn
 
@@ -55,7 +55,8 @@ if __name__ == "__main__":
 # -----------------------
 #
 # This lesson runs alone, so it repeats the kernel and the modules of :ref:`recurrent dropout`. Skip
-# the next three cells if you come from there. The kernel drops whole ``x[:, i, :]``:
+# the next three cells if you come from there. For each i, the kernel drops all of ``x[:, i, :]`` or
+# nothing of it:
 
 
 @triton.jit
@@ -83,8 +84,9 @@ def shared_dropout_kernel(
 
 
 # %%
-# Here is its launch, with the gradient. It has no checks and no operator for ``torch.compile``, and
-# the rate must be below 1. For a program of your own, take the version of :ref:`recurrent dropout`.
+# Here is its launch, with the gradient. To keep it short, it has no checks and no operator for
+# ``torch.compile``, and the rate must be below 1. In a program of your own, use the version of
+# :ref:`recurrent dropout`.
 
 
 class SharedDropout(torch.autograd.Function):
@@ -227,9 +229,9 @@ class LanguageModel(torch.nn.Module):
 # The text
 # --------
 #
-# The text is the help of Python's own interpreter: what ``help("FORMATTING")`` and the like print.
-# Paragraphs that occur twice are taken once. The last tenth of each topic is held out. Words that
-# the training part has only once become ``<unk>``.
+# The text is the help that Python's own interpreter prints for ``help("FORMATTING")`` and other
+# topics. Paragraphs that occur twice are used once. The last tenth of each topic is held out. Words
+# that occur only once in the training part become ``<unk>``.
 
 import re
 from collections import Counter
@@ -266,8 +268,9 @@ if __name__ == "__main__":
 # Training
 # --------
 #
-# The loop is the usual one. The text is cut into streams that run side by side, and these into
-# pieces; the state is carried from piece to piece; the optimizer is Adam, and gradients are clipped.
+# The training loop is the usual one for such models. The text is cut into streams that run side by
+# side, and each stream into pieces. The state is carried from piece to piece, the optimizer is
+# Adam, and gradients are clipped.
 #
 # Every variant is trained from scratch with several seeds, and after each epoch we compute the
 # *perplexity* of the held-out text, the exponential of the mean loss of a word. A model that
@@ -367,36 +370,38 @@ if __name__ == "__main__":
 # What may you conclude?
 # ----------------------
 #
-# The last column counts in *spreads*: how far a variant is behind the best one, divided by the
-# standard deviation of such a difference from seed to seed. One or two spreads can be chance.
+# The last column says how many *spreads* a variant is behind the best one. A spread is the standard
+# deviation of such a difference from seed to seed. One or two spreads can be chance.
 #
-# On an H100 the table says this. Without dropout the network soon learns the training text by heart,
-# and from then on its held-out perplexity climbs. All forms of dropout prevent or delay that. Naive
-# and locked dropout tie for the first place. The full recipe, which the paper recommends, is clearly
-# behind both of them.
+# On an H100 the table says this. Without dropout the network soon learns the training text by
+# heart, and from then on its held-out perplexity climbs. All forms of dropout prevent or delay
+# that. Naive and locked dropout tie for the first place. The full recipe, which the paper
+# recommends, is clearly behind both of them.
 #
-# The run does not say why. All rates are 0.5 or 0.1 and were not tuned, for any variant. Dropping
-# more wants a longer training, and the column "at epoch" shows whether a variant was still improving
-# at the end. And this text has far fewer words than the papers' benchmarks, Penn Treebank with about
-# a million and WikiText-2 with two.
+# The run does not show why. All rates are 0.5 or 0.1 and were not tuned for any variant. A network
+# that drops more needs a longer training, and the column "at epoch" shows whether a variant was
+# still improving at the end. And this text has far fewer words than the papers' benchmarks, Penn
+# Treebank with about a million and WikiText-2 with two.
 #
-# There is more that you can't conclude. Of the eleven forms in the table of :ref:`recurrent dropout`
-# only three were trained alone. The best epoch is picked on the held-out text itself, which flatters
-# all variants. And you can't compare these perplexities with the published 57.3 (Penn Treebank) and
-# 65.8 (WikiText-2) of AWD-LSTM: that is other text, another vocabulary, a larger model, much tuning,
-# and averaged SGD.
+# There is more that you can't conclude. Of the eleven forms in the table of :ref:`recurrent
+# dropout` only three were trained alone. The best epoch is chosen by the held-out text itself, so
+# all variants look better than they are. And you can't compare these perplexities with the
+# published 57.3 (Penn Treebank) and 65.8 (WikiText-2) of AWD-LSTM: that is other text, another
+# vocabulary, a larger model, much tuning, and averaged SGD.
 #
 # What does WeightDrop cost?
 # --------------------------
 #
-# ``WeightDrop`` adds one pass over U and one over all weights, forward and backward. In float32
-# ``torch.nn.LSTM`` copies weights that are new to it once more. Compared with the matrix products of
-# 70 steps that should be little. We measure an LSTM of the AWD-LSTM paper's kind, with 70 steps, a
-# batch of 80 and 400 inputs, for several numbers of units; 1150 is the paper's.
+# ``WeightDrop`` adds one pass over ``weight_hh_l0`` and one over all weights, forward and backward.
+# In float32, ``torch.nn.LSTM`` then copies them once more, because they are new to it. Next to the
+# matrix products of 70 steps that should be little. We measure an LSTM of the AWD-LSTM paper's
+# kind, with 70 steps, a batch of 80 and 400 inputs, for several numbers of units; 1150 is the
+# paper's.
 #
-# An LSTM is many small kernels, and the time depends on how fast the CPU launches them. So we measure
-# twice. Dotted lines are plain calls. Solid lines are the same calls *captured* in a CUDA graph, which
-# the GPU replays without the CPU: they show the GPU's own time. "no dropout" is ``torch.nn.LSTM``.
+# An LSTM is many small kernels, and the time depends on how fast the CPU launches them. So we
+# measure twice. Dotted lines are plain calls. Solid lines are the same calls *captured* in a CUDA
+# graph, which the GPU replays without the CPU: they show the GPU's own time. "no dropout" is
+# ``torch.nn.LSTM``.
 
 LINES = {"WeightDrop, captured": "#d55e00 -", "no dropout, captured": "#0072b2 -"}
 LINES |= {"WeightDrop": "#d55e00 :", "no dropout": "#0072b2 :"}
@@ -438,39 +443,39 @@ if __name__ == "__main__" and not INTERPRET:
             print(f"{dtype}, {name}: WeightDrop takes", *ratios, "times as long")
 
 # %%
-# The solid lines are the GPU's own time, and their ratio is what ``WeightDrop`` costs it. The extra
-# kernels weigh most where the LSTM itself is short. The dotted lines contain the CPU's time as well.
-# With few units the GPU is done with a step before the CPU has launched the next one, and
-# ``WeightDrop`` has more to launch. These ratios differ between machines, and between runs on the same
-# machine, so don't conclude anything from a single one.
+# The solid lines are the GPU's own time, and their ratio is what ``WeightDrop`` costs it. On an
+# H100 that is only a few per cent at every number of units. The dotted lines contain the CPU's time
+# as well. With few units the GPU is done with a step before the CPU has launched the next one, and
+# ``WeightDrop`` has more to launch. These ratios differ between machines, and between runs on the
+# same machine, so don't conclude anything from a single one.
 #
 # In bfloat16, ``torch.nn.LSTM`` itself copies its weights side by side in each call (it warns about
-# that), so only float32 shows what the copies cost. On an H100, 1150 units take longer than 1536: tensor
-# cores want rows that begin at multiples of 16 bytes, and rows of 1150 numbers don't.
-# :ref:`fused lstm` avoids that.
+# that), so only float32 shows what the copies cost. On an H100, 1150 units take longer than 1536,
+# because tensor cores want rows that begin at multiples of 16 bytes, and rows of 1150 numbers
+# don't. :ref:`fused lstm` avoids that.
 #
 # Exercises
 # ---------
 #
-# 1. Train with ``variational=True`` in place of the plain ``WeightDrop``, over three seeds. Can you
-#    tell them apart?
-# 2. Which of its masks holds the full recipe back? Take away one at a time, and train three more
-#    variants.
+# 1. Train ``WeightDrop`` with ``variational=True`` as well, over three seeds. Can you tell its
+#    result from that of the plain ``WeightDrop``?
+# 2. Which mask makes the full recipe worse? Take away one at a time, and train three more variants.
 #
 # .. note::
 #    Try it first.
 #
-#    1. One argument more. Look at the difference of the two means in spreads. If it is one or two,
-#       three seeds can't tell, and the honest answer is no.
+#    1. It takes one more argument. Count the difference of the two means in spreads. If it is one
+#       or two, three seeds can't tell, and the honest answer is no.
 #
 #       .. code-block:: diff
 #
 #          -            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight)
 #          +            WeightDrop(torch.nn.LSTM(*sizes), ["weight_hh_l0"], weight, True)
 #
-#    2. Three more variants, and as many colours for the figure. If the perplexity falls by many
-#       spreads without one of them, at these rates and after so few epochs, that mask is to blame. If
-#       it falls a little without each, it is the sum of all: try half the rates.
+#    2. Add three variants, and three colours for the figure. If the perplexity falls by many
+#       spreads without one of the masks, that mask is to blame, at these rates and after so few
+#       epochs. If it falls a little without each of them, they drop too much together: try half the
+#       rates.
 #
 #       .. code-block:: diff
 #

@@ -55,8 +55,8 @@ if __name__ == "__main__":
 # -------------------
 #
 # Think of a row as a sample, and of its seed as a number made from the sample's number and the
-# training step. Then a sample that you evaluate alone gives what it gave in its batch. You can
-# divide a batch among two GPUs or eight, pad it or sort it by length: every sample keeps its mask.
+# training step. Then a sample that you evaluate alone has the same result as in its batch. You can
+# divide a batch among several GPUs, pad it or sort it by length: every sample keeps its mask.
 #
 # In :ref:`seeded dropout`, element i is kept or dropped by word i mod 4 of Philox for the counter
 # ⌊i / 4⌋. Here i is the *column*, and the seed is the row's. So row r of the result is what
@@ -65,11 +65,11 @@ if __name__ == "__main__":
 # What a stride is
 # ----------------
 #
-# Memory has no rows and columns: it is one long line of elements. ``x.stride()`` says for each
-# dimension how many elements to move on for the next index, so element (r, c) lies at
-# r · stride(0) + c · stride(1), counted from the first. Transposing swaps the two strides and moves
-# no element. Taking every second column doubles the second stride. A row that is repeated has a
-# stride of 0.
+# Memory has no rows and columns: it is one long line of elements. For each dimension,
+# ``x.stride()`` says how many elements further on the next index lies. So element (r, c) lies r ·
+# stride(0) + c · stride(1) elements after the first. Transposing swaps the two strides and moves no
+# element. Taking every second column doubles the second stride. A row that is repeated has a stride
+# of 0.
 #
 # .. image:: /_static/strides.svg
 #    :alt: One line of twelve elements in memory, read in four ways: as three rows of four with strides 4 and 1, transposed with strides 1 and 4, every second column with strides 4 and 2, and the first row repeated with strides 0 and 1.
@@ -92,10 +92,9 @@ if __name__ == "__main__":
 # ----------
 #
 # A program works on a *tile* of ``ROWS`` times ``COLS`` elements: a column of row numbers and a row
-# of column numbers make a two-dimensional block of addresses, by the same broadcasting as in
-# PyTorch. A narrow matrix takes tiles of many rows, and a wide one many tiles for each row. The
-# tiles are numbered in one sequence, because the first axis of a grid may have 2^31 - 1 programs
-# and the others only 65535.
+# of column numbers make a two-dimensional block of addresses, by broadcasting. A narrow matrix
+# takes tiles of many rows, and a wide one many tiles for each row. The tiles are numbered in one
+# sequence, because the first axis of a grid may have 2^31 - 1 programs and the others only 65535.
 #
 # Each program loads the seeds of its rows. Philox takes a block of seeds just as it takes a single
 # one. The four words are interleaved along the columns, as in :ref:`seeded dropout`.
@@ -107,7 +106,7 @@ def matrix_dropout_kernel(
     threshold, scale: tl.float64, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     tiles_in_a_row = tl.cdiv(n_cols, COLS)
-    # A large matrix has more than 2^31 elements, so positions are computed in 64 bits.
+    # A matrix can have more than 2^31 elements, so positions are computed in 64 bits.
     pid = tl.program_id(0).to(tl.int64)
     rows = pid // tiles_in_a_row * ROWS + tl.arange(0, ROWS)
     first_col = pid % tiles_in_a_row * COLS
@@ -123,7 +122,7 @@ def matrix_dropout_kernel(
     x_tile = x_ptr + rows[:, None] * x_row_stride + cols[None, :] * x_col_stride
     y_tile = y_ptr + rows[:, None] * n_cols + cols[None, :]
     x = tl.load(x_tile, mask=inside)
-    # A Python float arrives as float32 unless annotated, which is too coarse for float64.
+    # A Python float arrives as float32, too coarse for float64, unless it is annotated.
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     tl.store(y_tile, tl.where(keep, x * scale, 0.0), mask=inside)
@@ -141,8 +140,7 @@ def matrix_dropout_kernel(
 # the row, up to 2048 columns, and takes more rows if the row is shorter. A transposed matrix is
 # read along its columns, but the result is written along its rows. A tile of 128 by 32 suits both:
 # a column of the tile has 128 neighbours in the input, and a row has 32 neighbours in the output.
-# Triton has the threads exchange their elements in between. The random words work with any shape,
-# as long as ``COLS`` is a multiple of 4.
+# The random words work with any shape, as long as ``COLS`` is a multiple of 4.
 
 
 def tile_shape(x):
@@ -169,7 +167,7 @@ def launch_matrix_dropout(x: torch.Tensor, p: float, seeds: torch.Tensor) -> tor
         return x.clone(memory_format=torch.contiguous_format)
     if round(p * 2**32) == 2**32 or x.numel() == 0:
         return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    x = x.resolve_neg()  # z.conj().imag negates only when read
+    x = x.resolve_neg()  # apply a negation that PyTorch has put off
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch_tiles(y, x, p, seeds, *tile_shape(x))
     return y
@@ -204,7 +202,7 @@ if __name__ == "__main__":
     plt.show()
 
 # %%
-# Now compare element by element, on 70 rows of 130 columns, neither of which a tile fits. Shuffle
+# Now compare element by element, on 70 rows of 130 columns, which no tile fits exactly. Shuffle
 # the batch, cut it into two launches, pad it with rows and with columns, run one sample alone, and
 # read other layouts:
 
@@ -237,9 +235,9 @@ if __name__ == "__main__":
 #
 # Count the bytes: ``x`` in, ``y`` out, and 8 bytes for each row's seed. A row of 8 columns has 64
 # bytes of ``x`` and ``y`` in float32, so with its seed it should reach 64/72 of a copy's speed. In
-# bfloat16 it has 32, and should reach 32/40. At 64 columns a seed hardly counts, and the limit is a
-# copy. ``F.dropout`` moves a byte more for each element, its mask, and should reach 8/9 in float32
-# and 4/5 in bfloat16. The figure shows GB/s of ``x`` and ``y`` alone.
+# bfloat16 it has 32, and should reach 32/40. At 64 columns a seed hardly counts. ``F.dropout``
+# moves a byte more for each element, its mask, and should reach 8/9 in float32 and 4/5 in bfloat16.
+# The figure shows GB/s of ``x`` and ``y`` alone.
 
 
 def picoseconds(run, n):
@@ -291,11 +289,11 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # In float32 the count is confirmed, from 8 columns up. The worst figure is that of 8 columns in
 # bfloat16: it is far below 32/40, and on an H100 ``F.dropout`` is faster there. The seeds explain
-# the first fifth only. The rest comes from narrow loads: 8 is no multiple of 16, so the compiler
-# can't know that each row begins at a multiple of 16 bytes, and every element is loaded and stored
-# by itself. From 16 columns on it does know, and the line jumps up. :ref:`softmax tiles` shows what
-# to do about other widths. (``F.dropout`` stays below its count as well, for reasons that the bytes
-# don't tell.)
+# only that it can't exceed 32/40. The rest comes from narrow loads: 8 is not a multiple of 16, so
+# the compiler can't know that each row begins at a multiple of 16 bytes, and every element is
+# loaded and stored by itself. From 16 columns on it does know, and the line jumps up. :ref:`softmax
+# tiles` shows what to do about other widths. (``F.dropout`` stays below its count as well, which
+# the bytes don't explain.)
 #
 # What a bad access pattern costs
 # -------------------------------
@@ -463,8 +461,8 @@ def check_column_dropout(answer):
 #
 #          check_column_dropout(column_dropout)
 #
-#    2. A row is now a sequence, and a column stands for a step and a feature: the address needs
-#       both, with a stride for each. Decisions and result stay as they are.
+#    2. A row is now a sequence, and a column stands for a step and a feature. The address needs
+#       both, with a stride for each. The decisions and the result stay as they are.
 #
 #       .. code-block:: diff
 #

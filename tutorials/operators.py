@@ -5,10 +5,9 @@ From a kernel to an operator
 ============================
 
 PyTorch has five ways to call your kernel, and they differ in what works and in what a call costs.
-A bare launch is fast, but autograd does not see it, ``torch.compile`` may trip over it, and nothing
-says so. In this lesson you make one kernel callable in each way, run the same checks on all of
-them, and time a call. At the end you know which way to take, and how to carry a lesson's function
-into a project of your own.
+A bare launch is fast, but autograd does not see it, and nothing says so. In this lesson you make one
+kernel callable in each way, run the same checks on all of them, and time a call. At the end you
+know which way to take, and how to use a lesson's function in a project of your own.
 
 You will learn
 
@@ -88,10 +87,9 @@ def bare(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
 
 
 # %%
-# ``device_of`` matters as soon as a machine has more than one GPU. Triton launches on PyTorch's
-# *current* device and on its current stream. The stream is the one that your caller chose, so it
-# is right as it is; the device need not be the one that holds ``x``, and then the kernel would
-# be handed addresses of another GPU's memory.
+# Triton launches on PyTorch's current stream and on its *current* device. The device need not be
+# the one that holds ``x``, and then the kernel would get addresses in another GPU's memory. That is
+# what ``device_of`` is for.
 #
 # What is wrong with a bare launch? Ask for a gradient:
 
@@ -100,16 +98,15 @@ if __name__ == "__main__":
     print("the result requires a gradient:", bare(x, 0.5, 7).requires_grad)
 
 # %%
-# Autograd records what PyTorch's own operators do. A launch writes into memory behind its back, so
-# the result looks like a constant, and a network trained with it would train without this layer's
-# gradient, silently.
+# Autograd records what PyTorch's own operators do, and does not see a launch. So the result looks
+# like a constant, and a network would train without this layer's gradient, silently.
 #
 # With a gradient
 # ---------------
 #
-# ``torch.autograd.Function`` is the plain answer: two static methods, of which the first computes,
-# and the second says how the gradient flows. ``backward`` calls ``apply`` again rather than
-# ``bare``, so that a gradient of the gradient is recorded, too.
+# A ``torch.autograd.Function`` has two static methods. ``forward`` computes, and ``backward`` says how
+# the gradient flows. Here it calls ``apply`` again rather than ``bare``, so that a gradient of the
+# gradient is recorded, too.
 
 
 class Function(torch.autograd.Function):
@@ -127,9 +124,9 @@ class Function(torch.autograd.Function):
 # With a name
 # -----------
 #
-# ``torch.library`` makes an *operator* of a function: PyTorch knows it by a name, and
+# ``torch.library`` turns a function into an *operator*, which PyTorch knows by a name.
 # ``torch.compile`` puts a call of that name into its graph without looking inside. For that it has
-# to know the shape and dtype of the result, which the *fake* version tells without computing
+# to know the shape and dtype of the result, and the *fake* version tells it, without computing
 # anything. ``register_autograd`` adds the gradient.
 
 
@@ -151,10 +148,9 @@ custom.register_autograd(
 )
 
 # %%
-# ``triton_op`` is the same for functions that launch Triton kernels, and lets the compiler look
-# inside: it sees the allocation and the launch, which ``wrap_triton`` marks, and can put the
-# launch among the kernels that it generates itself. A fake version is not needed, since the
-# compiler runs the function with fake tensors.
+# ``triton_op`` is the same for functions that launch Triton kernels, but lets the compiler look
+# inside. It sees the allocation and the launch, which ``wrap_triton`` marks. A fake version is not
+# needed, because the compiler runs the function itself with fake tensors.
 
 
 @torch.library.triton_op("operators_lesson::traced", mutates_args=())
@@ -173,9 +169,10 @@ traced.register_autograd(
 )
 
 # %%
-# Below both lies ``torch.library.Library``, the table from which PyTorch's dispatcher takes its
-# functions: one for each device, one for shapes ("Meta"), one for autograd. You fill in the
-# entries yourself, and skip the checks that the two functions above make on every call.
+# Both fill in a table from which PyTorch's dispatcher takes its functions: one for each device ("CUDA"
+# stands for AMD's GPUs, too), one for shapes ("Meta"), one for autograd. With
+# ``torch.library.Library`` you fill it in yourself, and skip the checks that the two make on every
+# call.
 
 library = torch.library.Library("operators_lesson", "FRAGMENT")
 library.define("listed(Tensor x, float p, int seed) -> Tensor")
@@ -190,8 +187,6 @@ torch.library.register_autograd(
 )
 
 # %%
-# (PyTorch calls the device "CUDA" for AMD's GPUs as well.)
-#
 # The best of two
 # ---------------
 #
@@ -199,17 +194,33 @@ torch.library.register_autograd(
 # every call. So the lessons take a ``Function``, which is cheap, and hand the compiler the
 # operator: ``is_compiling`` is true while ``torch.compile`` or ``torch.export`` traces the line,
 # and false otherwise. The operator needs no gradient of its own, because the ``Function`` has it.
+#
+# This ``Function`` has a third method, ``setup_context``, which keeps what ``backward`` needs. With
+# it, ``torch.func.grad`` works as well. But it makes ``Function.apply`` slow, which then looks up the
+# names of ``forward``'s arguments on every call. The ``apply`` of the base class does not, and is
+# enough unless a compiler or a transform of ``torch.func`` is at work. (This goes below PyTorch's
+# public interface, so test it with each new version.)
 
 
 class Both(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, p, seed):
-        ctx.p, ctx.seed = p, seed
+    def forward(x, p, seed):
         return (custom if torch.compiler.is_compiling() else bare)(x, p, seed)
+
+    setup_context = staticmethod(keep_p_and_seed)
 
     @staticmethod
     def backward(ctx, gradient):
-        return Both.apply(gradient, ctx.p, ctx.seed), None, None
+        return both(gradient, ctx.p, ctx.seed), None, None
+
+
+quick_apply = super(torch.autograd.Function, Both).apply
+
+
+def both(*arguments):
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return Both.apply(*arguments)
+    return quick_apply(*arguments)
 
 
 WAYS = {
@@ -218,7 +229,7 @@ WAYS = {
     "custom_op": custom,
     "triton_op": traced,
     "Library": listed,
-    "both": Both.apply,
+    "both": both,
 }
 
 # %%
@@ -228,9 +239,8 @@ WAYS = {
 # What works?
 # -----------
 #
-# Reading the documentation of six ways takes a day, and tells what they were meant to do. Trying
-# takes a second. Each of these functions uses a way ``call`` in one manner, and compares what
-# comes out with the bare launch, which is right where it works at all.
+# Try it. Each of these functions takes one of the ways as ``call``, uses it in one manner, and compares
+# the result with the bare launch. ``fullgraph=True`` makes a graph break an error.
 
 
 def gradient(call):
@@ -242,6 +252,12 @@ def gradient(call):
 def second_gradient(call):
     x = torch.randn(5, device=DEVICE, dtype=torch.float64, requires_grad=True)
     return torch.autograd.gradgradcheck(lambda x: call(x, 0.5, 7), x)
+
+
+def torch_func(call):
+    x = torch.ones(99, device=DEVICE)
+    found = torch.func.grad(lambda x: call(x, 0.5, 7).sum())(x)
+    return torch.equal(found, bare(x, 0.5, 7))
 
 
 def forward_mode(call):
@@ -286,7 +302,8 @@ def captured(call):
     return torch.equal(y, bare(x, 0.5, 7))
 
 
-CHECKS = [gradient, second_gradient, forward_mode, compiled, exported, under_vmap]
+CHECKS = [gradient, second_gradient, torch_func, forward_mode]
+CHECKS += [compiled, exported, under_vmap]
 CHECKS += [] if INTERPRET else [captured]
 
 
@@ -298,103 +315,133 @@ def outcome(check, call):
         return "error"
 
 
-# %%
-# Any exception counts as an error here, because that is what a user of the operator would meet.
-
 if __name__ == "__main__":
     import logging
     from tabulate import tabulate
 
     logging.disable(logging.WARNING)  # the compiler's, about what is meant to fail
-    rows = [
-        [
-            check.__name__.replace("_", " "),
-            *(outcome(check, call) for call in WAYS.values()),
-        ]
-        for check in CHECKS
-    ]
+    rows = []
+    for check in CHECKS:
+        found = [outcome(check, call) for call in WAYS.values()]
+        rows.append([check.__name__.replace("_", " "), *found])
     logging.disable(logging.NOTSET)
     print(tabulate(rows, ["does it work?", *WAYS]))
 
 # %%
 # Look for ``NO`` first. An error can be read and mended; a silently wrong result is found months
-# later. ``forward_mode`` computes derivatives along with the function, from the inputs on. The
-# three ways through the dispatcher lose them without a word, because ``register_autograd``
-# concerns the other direction only. A ``Function`` without a method ``jvp`` says that it has none.
-# (The bare launch fails in ``gradient`` because nothing else here requires one. In a network with
-# other layers there would be no error.)
+# later. Forward mode computes derivatives along with the function, from the inputs on. The bare
+# launch and the three ways through the dispatcher lose them without a word, because
+# ``register_autograd`` concerns the other direction only. A ``Function`` without a method ``jvp``
+# raises an error. (The bare launch raises one in the row "gradient", because nothing else there
+# requires a gradient. In a network with other layers it would be silent.)
 #
-# ``under_vmap`` works for the three because PyTorch falls back to a loop over the rows. The loop
-# is slow, and every row gets the same mask, which may not be what you want of dropout. A
-# ``Function`` would need a method ``vmap`` that says what is meant.
+# ``torch.func.grad`` works only for the ``Function`` with ``setup_context``. ``vmap`` works for the
+# three operators because PyTorch falls back to a loop over the rows. The loop is slow, and every row gets the same
+# mask. A ``Function`` would need a method ``vmap`` that says what is meant.
 #
-# In the interpreter a kernel is ordinary Python on NumPy arrays, and a compiler that looks inside
-# fails there: compare the columns ``Function`` and ``triton_op`` with those of a run on a GPU.
+# For ``bare``, ``Function`` and ``triton_op`` the compiler looks at the launch itself. That needs a
+# GPU: in Triton's interpreter a kernel is ordinary Python on NumPy arrays, and the compiler gives
+# up. On a GPU it depends on the version of PyTorch which of the three it accepts. ``custom_op``,
+# ``Library`` and ``both`` hide the launch behind a name, and work in each case.
 #
-# PyTorch has a checker of its own. ``opcheck`` tests what an operator promises: that it changes
-# none of its inputs, that the fake version agrees with the real one, that autograd is registered
-# in a way that the compiler understands. Run it on each operator that you register.
+# ``opcheck`` is PyTorch's own checker. It tests that an operator changes none of its inputs, that the
+# fake version agrees with the real one, and that the compiler understands the gradient. Run it on
+# each operator that you register.
 
 if __name__ == "__main__":
     for name in ("custom_op", "Library"):
         operator = WAYS[name] if name == "custom_op" else listed.default
         x = torch.ones(99, device=DEVICE, requires_grad=True)
-        print(
-            f"{name} passed:", *torch.library.opcheck(operator, (x, 0.5, 7)), sep="\n  "
-        )
+        passed = torch.library.opcheck(operator, (x, 0.5, 7))
+        print(f"{name} passed:", *passed, sep="\n    ")
 
 # %%
 # What does a call cost?
 # ----------------------
 #
-# A GPU takes a microsecond or two for a small tensor, and the CPU takes longer to ask for it. So
-# in a program of many small calls the CPU decides. Time the CPU alone: many calls in a row, on a
-# tensor so small that the GPU is always done first. The smallest of several repetitions is the one
-# that was disturbed least.
+# The CPU asks the GPU to run a kernel, and goes on without waiting for it. If the CPU takes longer
+# to ask than the GPU takes to run, the GPU waits: the program is *CPU-bound*. So call each way many
+# times in a row, on small and on large tensors, and let a clock run until the GPU is done. The
+# limit is the time of the kernel alone, as ``do_bench`` measures it.
 
 
 def microseconds(call, x):
-    """Of the CPU, for one call."""
+    """For each of many calls in a row."""
     import timeit
 
-    times = timeit.repeat(lambda: call(x, 0.5, 7), number=1000, repeat=7)
-    return min(times) / 1000 * 1e6
+    def calls():
+        for _ in range(100):
+            call(x, 0.5, 7)
+        torch.accelerator.synchronize()
+
+    calls()
+    return min(timeit.repeat(calls, number=1, repeat=7)) / 100 * 1e6
+
+
+def torch_dropout(x, p, seed):
+    return torch.nn.functional.dropout(x, p)
+
+
+LINES = {"both": both, "bare": bare, "custom_op": custom, "F.dropout": torch_dropout}
+
+
+@triton.testing.perf_report(
+    triton.testing.Benchmark(
+        x_names=["n_elements"], x_vals=[2**i for i in range(10, 28)], x_log=True, y_log=True,
+        line_arg="line", line_vals=[*LINES, "GPU"], line_names=[*LINES, "the GPU alone"],
+        styles=[("#d55e00", "-"), ("#d55e00", ":"), ("#cc79a7", "-"), ("#0072b2", "-"),
+                ("#555555", "--")],
+        xlabel=f"elements, float32\n{MACHINE}", ylabel="µs",
+        plot_name="call-cost", args={},
+    )
+)  # fmt: skip
+def benchmark(n_elements, line):
+    x = torch.ones(n_elements, device=DEVICE)
+    if line != "GPU":
+        return microseconds(LINES[line], x)
+    return 1000 * triton.testing.do_bench(lambda: bare(x, 0.5, 7), return_mode="median")
 
 
 if __name__ == "__main__" and not INTERPRET:
+    costs = benchmark.run(show_plots=True, return_df=True)
     rows = []
-    ways = {"F.dropout": lambda x, p, seed: torch.nn.functional.dropout(x, p)} | WAYS
-    for name, call in ways.items():
+    for name, call in {
+        "F.dropout": torch_dropout,
+        **WAYS,
+        "Both.apply": Both.apply,
+    }.items():
         x = torch.ones(1024, device=DEVICE)
         plain = microseconds(call, x)
         recorded = "" if name == "bare" else microseconds(call, x.requires_grad_())
         rows.append([name, plain, recorded])
-    headers = ["microseconds of the CPU", "no gradient", "with a gradient"]
+    headers = ["microseconds, 1024 elements", "no gradient", "with a gradient"]
     print(tabulate(rows, headers, floatfmt=".0f"))
 
 # %%
-# The difference between a row and ``bare`` is the price of that way. A ``Function`` adds little.
-# ``custom_op`` runs checks in Python on each call, and more when a gradient is recorded;
-# ``Library`` skips some of them. ``F.dropout`` is written in C++ from end to end, which is out of
-# reach for a launch from Python. The numbers are of one CPU: on a busy or slower one all of them
-# grow, and their order stays.
+# On the left of the figure the lines are level: that is the CPU's time. On the right they meet,
+# because the GPU takes longer, and the CPU's time is hidden behind it. From there on the price of a
+# call no longer matters.
 #
-# Does the price matter? Compare it with the time that the GPU needs for the same call in your
-# program. Where the GPU takes longer, the CPU runs ahead of it, and its time is hidden. Where the
-# CPU takes longer, three things help: ``torch.compile``, which launches without Python in between;
-# a CUDA graph, which launches everything at once; and larger tensors.
+# In the table, the difference between a row and ``bare`` is the price of that way. A ``Function``
+# adds little, and so does ``both``; ``Both.apply`` shows what the lookup of names would cost.
+# ``custom_op`` runs checks in Python on each call, and ``Library`` skips some of them. ``F.dropout``
+# is all C++, which a launch from Python can't reach. All times are those of one CPU: on a slower or
+# a busy one they grow.
+#
+# If the CPU's time matters in your program, three things help: larger tensors, ``torch.compile``, which
+# launches without your Python code in between, and a CUDA graph, which launches many kernels at once.
 #
 # What the compiler makes of it
 # -----------------------------
 #
-# For the last question, count kernels. The compiled function computes ``call(2 * x) + 1``, and
-# PyTorch's own dropout would become one kernel with its neighbours. Here the kernel is yours, and
-# the compiler cannot put a multiplication into it: it launches one before and one after.
+# The compiler can fuse PyTorch's own dropout with its neighbours, in ``call(2 * x) + 1`` with the
+# multiplication and the addition. It can't change what is inside your kernel, so it launches one
+# kernel before yours and one after. Count them:
 
 if __name__ == "__main__" and not INTERPRET:
     from torch.profiler import ProfilerActivity, profile
 
-    for name, call in ways.items():
+    for name, call in {"F.dropout": torch_dropout, **WAYS}.items():
         if name in ("bare", "Function"):
             continue
         torch.compiler.reset()
@@ -413,50 +460,48 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Each extra kernel is a trip to memory and back. If your kernel stands between element-wise
-# operators, and the tensors are large, that trip can cost more than a better kernel saves; then
-# put the neighbours into your kernel, as the fused lessons do.
+# operators and the tensors are large, these trips can cost more than a better kernel saves. Then
+# put the neighbours into your kernel.
 #
 # Which way when
 # --------------
 #
-# - **For yourself, not compiled:** ``autograd.Function``. It has the least code and the lowest
-#   cost.
-# - **For a project that others compile or export:** ``Function`` with a ``custom_op`` for the
-#   compiler, as in ``Both``. All lessons of this course do this.
-# - **Where others need the name**, say for selective checkpointing, for another backend or for a
-#   subclass of ``torch.Tensor``: ``custom_op``, or ``Library`` where its cost hurts.
-# - **Where the compiler should see the launch**: ``triton_op``, if all who use it have a GPU.
+# - **For yourself, not compiled:** ``autograd.Function``. It takes the least code, and a call costs
+#   little.
+# - **For a project that others compile or export:** a ``Function`` with a ``custom_op`` for the
+#   compiler, as in ``both``. The lessons of this course do this.
+# - **If others need the operator's name**, for selective checkpointing, another device or a subclass
+#   of ``torch.Tensor``: ``custom_op``, or ``Library`` if its cost is too high. Neither has forward
+#   mode: make sure that nobody needs it.
+# - **If the compiler should see the launch:** ``triton_op``, provided that all who use it have a GPU.
 #
 # Take it home
 # ------------
 #
 # To use a function of this course in a project of your own:
 #
-# 1. Copy the lesson's file, with its name, into your package. Importing it defines functions and
-#    does nothing else; the demonstrations run only when the file is run as a script. Keep the line
-#    of the licence (MIT) with it.
-# 2. Call the public function, the one under *As a public function*. It checks its arguments, takes
-#    any strides, and picks the device of its input, so several GPUs and streams of your own work.
-# 3. Change the ``fast_and_right`` in the operators' names to the name of your package: a name can
-#    be registered only once in a process.
+# 1. Copy the lesson's file into your package, together with the licence (MIT). Importing it defines
+#    functions and does nothing else.
+# 2. Call the public function, the one under *As a public function*. It checks its arguments and takes
+#    any strides. It launches on the GPU that holds its input and on your current stream.
+# 3. Change the ``fast_and_right`` in the operators' names to the name of your package, because a name
+#    can be registered only once in a process.
 # 4. Copy the lesson's tests, too. They compare with float64 and try the shapes that break kernels.
 #
 # Exercises
 # ---------
 #
-# 1. Give ``Both`` the method ``jvp``, so that forward mode works. Which check fails now, and what
-#    does that tell you about the order of your priorities?
-# 2. The check ``gradient`` passes a gradient of ones, which is contiguous. Write a check that
-#    passes a transposed one, and one that passes an expanded one. Which line of ``bare`` makes
-#    them pass?
+# 1. Give ``Both`` the method ``jvp``, so that forward mode works. Which check fails now?
+# 2. The check ``gradient`` passes a gradient that is an expanded 1. Write a check that passes a
+#    transposed gradient as well. Which line of ``bare`` makes it right?
 #
 # .. note::
 #    Try it first.
 #
 #    1. Dropout is linear in x, so its derivative in a direction is dropout of that direction, with
 #       the same seed. ``forward_mode`` passes then, and ``compiled`` fails: the compiler refuses a
-#       ``Function`` with a ``jvp``, at least up to PyTorch 2.13. Most training is compiled more often than
-#       differentiated forward, so the lessons leave it out.
+#       ``Function`` with a ``jvp``, at least up to PyTorch 2.13. Training is compiled more often than
+#       it needs forward mode, so the lessons leave ``jvp`` out.
 #
 #       .. code-block:: python
 #

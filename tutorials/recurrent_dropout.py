@@ -12,8 +12,8 @@ draws every mask from a seed and stores none.
 
 You will learn
 
-- which recurrent dropout is which, in the papers, in Keras and in awd-lstm-lm;
-- how one kernel serves masks of every shape, because a mask is a rule for sharing decisions;
+- which recurrent dropout is which, in the papers, in Keras and in awd-lstm-lm, AWD-LSTM's own code;
+- how one kernel draws masks of every shape, because they differ only in who shares a decision;
 - how to drop the weights inside any module, without renaming them and without a loop over time.
 
 Needs: PyTorch, and :ref:`seeded dropout`.
@@ -56,21 +56,22 @@ if __name__ == "__main__":
 # -------------------
 #
 # An LSTM reads a sequence step by step. At step t it takes the input :math:`x_t` and its own last
-# output, the *state* :math:`h_{t-1}`, and computes four *gates* from both:
+# output, the *state* :math:`h_{t-1}`, and computes four *gates* from both. With the gates it
+# updates its *memory* :math:`c_t` and its output:
 #
 # .. math::
 #
 #    i, f, g, o = \sigma, \sigma, \tanh, \sigma \;\text{of}\; W x_t + U h_{t-1} + b, \qquad
 #    c_t = f \cdot c_{t-1} + i \cdot g, \qquad h_t = o \cdot \tanh c_t
 #
-# PyTorch calls W ``weight_ih`` and U ``weight_hh``. Each stacks the four gates' blocks of H rows, in
-# the order i, f, g, o. Dropout multiplies something here by a random mask of zeros and ones. Its
-# forms differ in what the mask multiplies, in who shares a decision (all time steps, all sequences of
-# the batch, all gates), and in when a new mask is drawn.
+# PyTorch calls W ``weight_ih`` and U ``weight_hh``. Each stacks the four gates' blocks of H rows,
+# in the order i, f, g, o. Dropout multiplies a tensor by a random mask of zeros and ones. Its forms
+# differ in which tensor of the network that is, in who shares a decision (all time steps, all
+# sequences of the batch, all gates), and in when a new mask is drawn.
 #
 # A mask with shared decisions is smaller than the tensor that it multiplies, and its shape says who
-# shares them. In the table there are T steps, B sequences in a batch, G = 4 gates, H hidden units (or
-# as many inputs), V words in a vocabulary, and 1 where all share. "At test" means that training
+# shares them. In the table there are T steps, B sequences in a batch, G = 4 gates, H hidden units
+# (or inputs) and V words in a vocabulary; a 1 means that all share. "At test" means that training
 # multiplies by 0 or 1, and testing by the mean, 1 - p. The others divide by 1 - p in training, so
 # testing needs no change.
 
@@ -99,40 +100,41 @@ if __name__ == "__main__":
 #
 # - **Gal and Ghahramani** derive theirs from Bayesian inference over the weights. If the weights of
 #   each gate are drawn separately (*untied*), each gate has a mask of its own.
-# - **Keras** has both of these under the name ``implementation``. Keras 3 always takes
-#   implementation 1 when ``recurrent_dropout`` is above 0. In Keras's cells a rate of exactly 1 drops
-#   nothing, while the modules of this course then drop everything.
+# - **Keras** has the tied and the untied form under the name ``implementation``. Keras 3 always
+#   takes implementation 1 when ``recurrent_dropout`` is above 0. In Keras's cells a rate of exactly
+#   1 drops nothing, while the modules of this course then drop everything.
 # - **LockedDropout** acts on what goes into a layer and what comes out of it. Nothing inside the
-#   recurrence is dropped, so it goes with the fast LSTM of cuDNN, NVIDIA's library behind
+#   recurrence is dropped, so it works with the fast LSTM of cuDNN, NVIDIA's library behind
 #   ``torch.nn.LSTM``.
-# - **WeightDrop** changes the recurrence and still keeps the fast LSTM, because it masks the weights
-#   once, before the loop over time starts. The price is that all sequences of a batch share the mask.
-# - **Semeniuta** drops only what is added to the memory c, and **zoneout** replaces a new value by the
-#   old one instead of by zero. So neither of them erases the memory step by step.
+# - **WeightDrop** changes the recurrence and still keeps the fast LSTM, because it masks the
+#   weights once, before the loop over time starts. The price is that all sequences of a batch share
+#   the mask.
+# - **Semeniuta** drops only what is added to the memory c, and **zoneout** replaces a new value by
+#   the old one instead of by zero. So neither of them erases the memory step by step.
 #
 # .. image:: /_static/recurrent_forms.svg
 #    :alt: Eleven masks for 4 steps, 3 sequences, 4 gates and 6 units. The naive mask differs in every step and sequence; Gal's and LockedDropout's repeat from step to step; the untied ones differ between gates; WeightDrop's has single entries of U, variational=True whole rows; embedding dropout has whole words; Semeniuta's mask is on g alone.
 #
-# The picture shows one mask of each form. The units run across, once for each gate, and the sequences
-# run downwards, once for each step. Where a pattern repeats, a decision is shared. With 70 steps, 80
-# sequences and 1150 units, a layer of AWD-LSTM, a naive mask has 6.4 million decisions, a locked one
-# 92 thousand, and that of ``WeightDrop`` 5.3 million.
+# The picture shows one mask of each form. The units run across, once for each gate, and the
+# sequences run downwards, once for each step. Where a pattern repeats, a decision is shared.
+# AWD-LSTM is trained on 70 steps of 80 sequences, with 1150 units in a layer. There a naive mask
+# has 6.4 million decisions, a locked one 92 thousand, and that of ``WeightDrop`` 5.3 million.
 #
 # One kernel for all shapes
 # -------------------------
 #
-# Each of these masks is a list of decisions, and each decision is shared along some axes. So we view
-# the tensor as three-dimensional, *repeats × decisions × width*, where one decision holds for all of
-# ``x[:, i, :]``:
+# Each of these masks is a list of decisions, and each decision is shared along some axes. So we
+# view the tensor as three-dimensional, *repeats × decisions × width*, where one decision holds for
+# all of ``x[:, i, :]``:
 #
 # - ``LockedDropout`` on (T, B, F) is T × B·F × 1;
 # - ``WeightDrop`` on (4H, H) is 1 × 4H·H × 1, or 1 × 4H × H if ``variational``;
 # - embedding dropout on (V, F) is 1 × V × F.
 #
 # The kernel is that of :ref:`seeded dropout` with a tile of *decisions × width* in place of a block
-# of elements. **Decision i is to keep if word i mod 4 of Philox, with the seed as key and the counter
-# ⌊i / 4⌋, is at least p · 2³², rounded.** The programs of another time step draw the same words
-# again. That costs arithmetic, but no memory.
+# of elements. **Decision i is "keep" if word i mod 4 of Philox, with the seed as key
+# and the counter ⌊i / 4⌋, is at least p · 2³², rounded to an integer.** The programs of another
+# time step draw the same words again. That costs arithmetic, but no memory.
 #
 # The seed is *loaded* from the GPU's memory. So the CPU never has to wait for it, and a CUDA graph,
 # which repeats the same launches with the same arguments, finds a new seed there each time.
@@ -174,7 +176,7 @@ def launch_shared_dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torc
     threshold = round(p * 2**32)
     if threshold == 2**32 or y.numel() == 0:
         return y.zero_()
-    x = x.resolve_neg().contiguous()  # z.conj().imag negates when read
+    x = x.resolve_neg().contiguous()  # apply a negation that PyTorch has put off
     repeats, n_decisions, width = x.shape
     WIDTH = min(triton.next_power_of_2(width), 256)
     DECISIONS = 1024 // WIDTH
@@ -205,16 +207,16 @@ if __name__ == "__main__":
 #
 # A dropped column takes one unit of h away from *all* gates of one sequence. A dropped row takes
 # *all* of h away from one gate of one unit, in all sequences. That may be useful noise, but it is
-# neither the mask of the paper nor Keras's, and no setting of ``WeightDrop`` gives those: a mask that
-# differs between the sequences of a batch does not fit into one weight matrix. It has to be applied
-# in the loop over time, and :ref:`fused lstm` does that.
+# neither the mask of the paper nor Keras's, and no setting of ``WeightDrop`` gives those: a mask
+# that differs between the sequences of a batch does not fit into one weight matrix. It has to be
+# applied in the loop over time, and :ref:`fused lstm` does that.
 #
 # As a public function
 # --------------------
 #
 # Dropout is linear in x, and its gradient is the same dropout, with the same seed, of the gradient
-# that arrives. So ``backward`` calls the function again, and all that is kept between the two passes
-# is the seed. :ref:`operators` explains the pattern.
+# that arrives. So ``backward`` calls the function again, and all that is kept between the two
+# passes is the seed. :ref:`operators` explains the pattern.
 
 shared_dropout_op = torch.library.custom_op(
     "fast_and_right::shared_dropout", launch_shared_dropout, mutates_args=()
@@ -279,8 +281,8 @@ def shared_dropout(x, p, seed):
 # -----------
 #
 # Each module draws a seed in its forward pass, from PyTorch's own generator on the device.
-# ``torch.manual_seed`` sets that generator, ``torch.utils.checkpoint`` replays it, and the module has
-# no state that a copy or a saved file could lose.
+# ``torch.manual_seed`` sets that generator, ``torch.utils.checkpoint`` replays it, and the module
+# has no state that a copy or a saved file could lose.
 
 
 def draw_seed(device):
@@ -308,14 +310,14 @@ class LockedDropout(torch.nn.Module):
 
 
 # %%
-# ``WeightDrop`` wraps any module. The one of awd-lstm-lm renames the weights and sets masked ones in
-# their place in each call, which breaks copying after a training step, and makes cuDNN warn that the
-# weights are no longer in one block of memory. Here ``torch.func.functional_call`` runs the module as
-# if it had other weights. For an LSTM, a GRU or an RNN these are laid side by side in one block, as
-# cuDNN wants them, matrices first.
+# ``WeightDrop`` wraps any module. The ``WeightDrop`` of awd-lstm-lm renames the weights and, in
+# each call, puts masked ones in their place. After a training step such a module can't be copied,
+# and cuDNN warns that the weights are no longer in one block of memory. Here
+# ``torch.func.functional_call`` runs the module as if it had other weights. For an LSTM, a GRU or
+# an RNN we lay these side by side in one block, matrices first, as cuDNN wants them.
 #
-# The last lines of ``forward`` save memory. ``torch.nn.LSTM`` keeps a list of the weights that it used
-# last, and would hold the masked copy of all weights until the next call.
+# The last lines of ``forward`` save memory. ``torch.nn.LSTM`` keeps a list of the weights that it
+# used last, and would hold the masked copy of all weights until the next call.
 
 from collections.abc import Iterable
 
@@ -408,8 +410,8 @@ class EmbeddingDropout(torch.nn.Module):
 # ---------------------
 #
 # awd-lstm-lm draws its masks with ``bernoulli_`` and divides by 1 - p. If we put our masks into its
-# formulas, we must get our outputs. ``LockedDropout`` on ones shows the decisions that any of the
-# modules makes after the same ``torch.manual_seed``.
+# formulas, we must get our outputs. We get the masks from ``LockedDropout`` on ones: after the same
+# ``torch.manual_seed``, all modules make the same decisions.
 
 
 def after_seed_5(module, *inputs):
@@ -440,10 +442,10 @@ if __name__ == "__main__":
     print("LockedDropout, WeightDrop and EmbeddingDropout follow the published formulas")
 
 # %%
-# The names and the order of the arguments are those of awd-lstm-lm as well, so
-# ``LockedDropout()(x, 0.4)`` and ``WeightDrop(lstm, weights, dropout=0.4)`` work. Four things differ:
+# The names and the order of the arguments are those of awd-lstm-lm as well, so ``LockedDropout()(x,
+# 0.4)`` and ``WeightDrop(lstm, weights, dropout=0.4)`` work. Four things differ:
 #
-# - ``WeightDrop`` drops half of the weights unless told otherwise, and the original none;
+# - by default ``WeightDrop`` drops half of the weights, and the original none;
 # - with ``variational=True`` the original drops in evaluation, too, and ours does not;
 # - the original renames the weights, so its saved files have names that end in *raw*;
 # - embedding dropout is a module here, and there a function with one more argument, ``scale``.
@@ -463,8 +465,8 @@ if __name__ == "__main__":
 # .. note::
 #    Try it first.
 #
-#    1. The word's number, as in the table: so the mask stays that of ``EmbeddingDropout``, bit for
-#       bit, and a word that occurs twice is dropped twice.
+#    1. The index is the word's number, as in the table. So the mask stays that of
+#       ``EmbeddingDropout``, bit for bit, and a word that occurs twice is dropped both times.
 #
 #       .. code-block:: python
 #
@@ -493,7 +495,7 @@ if __name__ == "__main__":
 #              )
 #              return y
 #
-#    2. Steps times sequences are the repeats, features the decisions:
+#    2. Steps times sequences are the repeats, and the features are the decisions:
 #
 #       .. code-block:: python
 #
@@ -504,9 +506,9 @@ if __name__ == "__main__":
 #                  flat = x.reshape(-1, x.shape[2], 1)
 #                  return shared_dropout(flat, self.dropout, draw_seed(x.device)).view(x.shape)
 #
-#    3. A value is the old one or the new one, and both have the usual size: nothing is zeroed that
-#       the others would have to make up for. At test time the two are mixed, p of the old and 1 - p
-#       of the new.
+#    3. A value is the old one or the new one, and both have the usual size. Nothing becomes zero,
+#       so there is no loss that the other values would have to make up for. At test time the two
+#       are mixed, p of the old and 1 - p of the new.
 #
 #       .. code-block:: python
 #

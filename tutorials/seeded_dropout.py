@@ -5,14 +5,14 @@ Dropout with a seed
 ===================
 
 You replace dropout's mask, a tensor as large as the input, by a single integer. The mask of
-:ref:`baseline dropout` is only a list of random decisions, and whoever knows the seed can compute
-them again at any time. So nothing is stored, and the same seed gives the same mask on every
-machine. The first kernel that does this turns out to be slower than PyTorch's dropout in bfloat16.
-You find out why by counting its arithmetic, and mend it.
+:ref:`baseline dropout` is only a list of random decisions. If a seed determines them, a kernel can
+compute them whenever it needs them, so no mask is stored, and the same seed gives the same mask on
+every machine. The first kernel that does this turns out to be slower than PyTorch's dropout in
+bfloat16. You find out why by counting its arithmetic, and mend it.
 
 You will learn
 
-- how a counter-based random number generator gives each element its own number, with no state;
+- how a random number generator without a state gives each element a number of its own;
 - how to tell whether a kernel waits for memory or for arithmetic, and what to do about it;
 - how to test that a random kernel is right, and how to give it a gradient.
 
@@ -78,21 +78,21 @@ if __name__ == "__main__":
 # ----------
 #
 # Compare this kernel with that of :ref:`baseline dropout`: where that one loaded the mask, this one
-# calls ``tl.rand``. The index of an element is its place in the tensor. So the mask depends on p,
-# the seed and the place, and on nothing else: not on ``BLOCK``, not on the GPU, and not on the
-# number of programs.
+# calls ``tl.rand``. The index of an element is its position in the tensor. So the mask depends only
+# on p, the seed and the position. It does not depend on ``BLOCK``, on the GPU or on the number of
+# programs.
 
 
 @triton.jit
 def seeded_dropout_kernel(
     y_ptr, x_ptr, n_elements, p, scale: tl.float64, seed, BLOCK: tl.constexpr
 ):
-    # In 64 bits: in 32, places from 2^31 on would wrap around to negative numbers.
+    # In 64 bits: in 32, positions from 2^31 on would wrap around to negative numbers.
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < n_elements
     x = tl.load(x_ptr + offsets, mask=inside)
     keep = tl.rand(seed, offsets) >= p
-    # A Python float arrives as float32 unless annotated, which is too coarse for float64.
+    # A Python float arrives as float32, too coarse for float64, unless it is annotated.
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     tl.store(y_ptr + offsets, tl.where(keep, x * scale, 0.0), mask=inside)
@@ -105,7 +105,7 @@ def seeded_dropout_kernel(
 
 def launch_seeded_dropout(x, p, seed):
     """Dropout for 0 <= p < 1, one call of Philox for each element."""
-    x = x.resolve_neg().contiguous()  # z.conj().imag negates only when it is read
+    x = x.resolve_neg().contiguous()  # apply a negation that PyTorch has put off
     y = torch.empty_like(x)
     arguments = (y, x, x.numel(), p, 1 / (1 - p), seed, 1024)
     with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
@@ -117,8 +117,8 @@ def launch_seeded_dropout(x, p, seed):
 # The same seed, the same mask
 # ----------------------------
 #
-# The input is drawn where :ref:`baseline dropout` stopped, after its ten normal and ten uniform
-# numbers, and on the CPU, so this table is the same on every machine.
+# The input is the next ten numbers of the generator that :ref:`baseline dropout` used for its
+# table. They are drawn on the CPU, so this table is the same on every machine.
 
 if __name__ == "__main__":
     from tabulate import tabulate
@@ -136,15 +136,16 @@ if __name__ == "__main__":
 # Seed 123 drops the same elements both times, and seed 512 drops others. So p and the seed are all
 # that a backward pass needs.
 #
-# Two masks behave as if they were independent when their seeds differ. So each layer and each step
-# of a training run needs a seed of its own; :ref:`checkpointed dropout` hands them out.
+# Masks with different seeds behave as if they were independent. So give each layer, and each step
+# of a training run, a seed of its own; :ref:`checkpointed dropout` shows how.
 #
 # Is it right?
 # ------------
 #
 # How do you check a random result? First, check what must hold exactly: the mask must not depend on
-# the dtype, on how the tensor lies in memory, or on its size. Second, check the average. A sound
-# generator is more than five standard deviations away for fewer than one seed in a million.
+# the dtype, on how the tensor lies in memory, or on its size. Second, check how many elements are
+# kept. With a sound generator, that number is more than five standard deviations from its mean for
+# about one seed in a million.
 
 if __name__ == "__main__":
 
@@ -163,16 +164,16 @@ if __name__ == "__main__":
         print(f"p = {p}: kept {kept} of 10000, {deviations:+.1f} standard deviations")
 
 # %%
-# The average alone proves little, because keeping every second element would pass at p = 0.5. So the
-# tests of this site also compare each decision with another implementation of Philox, and Triton's
-# Philox with the known answers that its authors published.
+# The number alone proves little, because a kernel that keeps every second element would pass at
+# p = 0.5. So the tests of this site also compare each decision with another implementation of
+# Philox, and Triton's Philox with the known answers that its authors published.
 #
 # Is it fast?
 # -----------
 #
-# The count says: as fast as a copy. ``torch.nn.functional.dropout`` also writes a mask of one byte
-# an element, so the count gives it 8/9 of the copy's speed in float32 and 4/5 in bfloat16. Measure
-# both, with 2^28 elements.
+# The count predicts the speed of a copy. ``torch.nn.functional.dropout`` also writes a mask of one
+# byte an element, so for it the count predicts 8/9 of the copy's speed in float32 and 4/5 in
+# bfloat16. Measure both, with 2^28 elements.
 
 from torch.nn.functional import dropout
 
@@ -191,9 +192,9 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{dtype}: {ours:.2f} of the copy's speed; F.dropout {torchs:.2f}")
 
 # %%
-# The count is not confirmed. ``F.dropout`` falls short of its count, for reasons that the bytes
-# don't tell. Our kernel falls short as well, and in bfloat16 it does not reach half of its count.
-# There it is even slower than ``F.dropout``, which draws with Philox as well, and moves more bytes.
+# The count is not confirmed. ``F.dropout`` is slower than its bytes explain. So is our kernel, and
+# in bfloat16 it does not even reach half of the copy's speed. There it is slower than
+# ``F.dropout``, which also draws with Philox, and moves more bytes.
 #
 # Counting the arithmetic
 # -----------------------
@@ -225,9 +226,9 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{words} of 4 words: an element takes as long as {n_bytes:.1f} bytes")
 
 # %%
-# A kernel draws and moves at the same time, so at best it takes as long as the slower of the two.
-# The first line is above 4 bytes by far, so in bfloat16 the kernel waits for arithmetic, not for
-# memory. In float32 the two are about equal, or arithmetic takes longer, depending on the GPU.
+# The GPU draws and moves at the same time, so at best a kernel takes as long as the slower of the
+# two. The first line is far above 4 bytes, so in bfloat16 the kernel waits for arithmetic, not for
+# memory. In float32 arithmetic takes about as long as the 8 bytes, or longer, depending on the GPU.
 #
 # The second line shows what to do. If you use all four words, as ``F.dropout`` does, one call of
 # Philox serves four elements. That takes less time than moving 4 bytes, so memory should be the
@@ -265,7 +266,8 @@ def seeded_dropout4x_kernel(
 
 
 # %%
-# A threshold of 2³² would not fit into a word, so the launch handles both ends of the range itself.
+# A threshold of 2³² would not fit into a word. So the launch handles p = 1 without the kernel, and
+# also p = 0, which needs only a copy.
 
 
 def launch_seeded_dropout4x(
@@ -294,8 +296,8 @@ if __name__ == "__main__":
 # How fast is it now?
 # -------------------
 #
-# The figures show GB/s of :math:`x` and :math:`y` for all sizes, with both kernels, ``F.dropout``
-# as it is and as ``torch.compile`` makes it, and a copy as the limit.
+# The figures show GB/s of :math:`x` and :math:`y` over the size, for both kernels, ``F.dropout``,
+# ``F.dropout`` under ``torch.compile``, and a copy as the limit.
 
 
 LINES = {"all four words": "#d55e00 -", "one word": "#d55e00 :", "F.dropout": "#0072b2 -"}
@@ -334,13 +336,11 @@ if __name__ == "__main__" and not INTERPRET:
         print(tabulate(speed[1::2], "keys", **layout))
 
 # %%
-# In float32 the count is confirmed now: dropout is about as fast as a copy. In bfloat16 it comes
-# much closer than before. How close depends on the GPU, because the arithmetic is the same
-# everywhere and memory is not. ``torch.compile`` stores no mask, but it draws one word in four, as
-# our first kernel did, and in bfloat16 it waits for arithmetic as well.
-#
-# On the left of the figures the tensors are so small that starting a kernel takes longest, as in
-# :ref:`fused softmax`.
+# In float32 the count is confirmed now: dropout is about as fast as a copy. In bfloat16 this holds
+# on an H100. An H200 has the same arithmetic and faster memory, and there dropout comes much closer
+# to the copy than before, but does not reach it. ``torch.compile`` stores no mask here, but it uses
+# one word of four, as our first kernel does, and in bfloat16 it is about as slow.
+
 #
 # Are ten rounds too many? Philox passes the tests of its paper with seven. Try it in bfloat16:
 
@@ -351,9 +351,8 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{n_rounds} rounds: {copies[torch.bfloat16] / time:.0%} of a copy's speed")
 
 # %%
-# On an H100 fewer rounds make nothing faster, because memory is the limit. On an H200, which
-# computes as fast but moves bytes faster, seven rounds are visibly faster than ten. The lessons
-# keep ten, because Triton, PyTorch and the published known answers use ten.
+# On an H100 fewer rounds gain next to nothing, because memory is the limit. On an H200 seven rounds
+# are visibly faster than ten. We keep ten, as Triton and PyTorch do.
 #
 # As a public function
 # --------------------
@@ -362,11 +361,12 @@ if __name__ == "__main__" and not INTERPRET:
 # its gradient. So the backward pass is the forward pass, run on the incoming gradient with the same
 # seed.
 #
-# ``torch.autograd.Function`` tells PyTorch so. ``setup_context`` keeps what ``backward`` needs, two
-# numbers and no tensor. ``backward`` applies the function again, so that second derivatives work as
-# well. ``torch.compile`` can't look into a launch, so while it compiles, ``forward`` calls an
-# *operator*: a function that PyTorch knows by a name. ``register_fake`` tells the compiler what
-# comes out, without computing it. :ref:`operators` compares this with other ways.
+# A ``torch.autograd.Function`` tells PyTorch about this gradient. ``setup_context`` keeps what
+# ``backward`` needs, two numbers and no tensor. ``backward`` applies the function again, so that
+# second derivatives work as well. While ``torch.compile`` compiles, ``forward`` calls an *operator*
+# instead of the launch: a function that PyTorch knows by its name and does not look into.
+# ``register_fake`` gives the compiler the result's shape and dtype without computing it.
+# :ref:`operators` compares this with other ways.
 
 import numbers
 
@@ -395,8 +395,8 @@ quick_apply = super(torch.autograd.Function, SeededDropout4x).apply
 
 
 def apply(*arguments):
-    # Function.apply looks up the arguments' names on every call, which takes longer than all
-    # the rest, and is of use to the compiler and torch.func only.
+    # Function.apply looks up the arguments' names on every call. That takes longer than all
+    # the rest, and only the compiler and torch.func need it.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return SeededDropout4x.apply(*arguments)
     return quick_apply(*arguments)
@@ -440,7 +440,7 @@ def seeded_dropout4x(x, p, seed):
 def seeded_dropout(x, p, seed):
     """The same with one word, ``tl.rand(seed, i) >= p``: other masks, and no gradient."""
     check_arguments(x, p, seed)
-    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # None but in forward mode
+    tangent = torch.autograd.forward_ad.unpack_dual(x).tangent  # set in forward mode only
     if (x.requires_grad and torch.is_grad_enabled()) or tangent is not None:
         raise ValueError("x requires a gradient: use seeded_dropout4x, or detach x")
     p = float(p)
@@ -465,9 +465,10 @@ if __name__ == "__main__":
 
 # %%
 # This kernel is launched from Python, which costs the CPU more time than the C++ of ``F.dropout``;
-# :ref:`operators` measures how much. A GPU that is kept busy hides that time, and so does a CUDA
-# graph. But mind that a graph freezes the seed, so that every replay draws the same mask.
-# :ref:`checkpointed dropout` keeps the seed in the GPU's memory, where it can be changed.
+# :ref:`operators` measures how much. You don't notice it while the GPU is busy. A *CUDA graph*,
+# which captures many launches and replays them with one call, saves most of it. But it captures the
+# seed, too, so every replay draws the same mask. :ref:`checkpointed dropout` keeps the seed in the
+# GPU's memory, where it can be changed.
 #
 # Exercises
 # ---------
@@ -476,16 +477,16 @@ if __name__ == "__main__":
 #    notice?
 # 2. Give each row of a matrix a seed of its own, so that a row keeps its mask in whatever batch it
 #    appears.
-# 3. For p = 0.5 a single bit would decide. Draw a mask of single bits. Which other p could you
-#    have, and does anything get faster?
+# 3. For p = 0.5 one random bit for each element is enough. Draw such a mask. Which other p could
+#    you have with a few bits, and does anything get faster?
 #
 # .. note::
 #    Try it first.
 #
 #    1. At p = 0 nothing should be dropped, but 0 > 0 is false. Two of the 2³² words become exactly
-#       0, so about one element in 2³¹, two thousand million, is dropped.
+#       0, so about one element in 2³¹, some two billion, is dropped.
 #    2. A program has one row, or a part of it, and loads the seed of its row. :ref:`matrix dropout`
-#       makes it fast, also for narrow rows.
+#       makes it fast for narrow rows as well.
 #
 #       .. code-block:: python
 #
@@ -511,10 +512,10 @@ if __name__ == "__main__":
 #              row_dropout_kernel[grid](*arguments)
 #              return y
 #
-#    3. One call of Philox then decides on 128 elements, and p can be 0.5. With b bits for each
-#       element p can be any multiple of 1 / 2ᵇ. It gets faster where arithmetic still takes time: in
-#       bfloat16 on an H200, but hardly on an H100, where all four words are already about as fast
-#       as a copy.
+#    3. One call of Philox then decides on 128 elements, and p must be 0.5. With b bits for each
+#       element p can be any multiple of 1 / 2ᵇ. It gets faster where arithmetic is still the limit:
+#       in bfloat16 on an H200, but hardly on an H100, where all four words are already about as
+#       fast as a copy.
 #
 #       .. code-block:: python
 #

@@ -5,14 +5,14 @@ Dropout on real ranks
 =====================
 
 A model that is divided among GPUs can draw the same dropout masks on one of them, on two and on four.
-In this lesson you write dropout for ``DTensor``, PyTorch's tensor that is divided among ranks. The
-ranks don't communicate for it. Then you train a small model on four processes, stop it, and resume
-it on two.
+In this lesson you write dropout for ``DTensor``, PyTorch's tensor that is divided among *ranks*, the
+processes that train together. They need no communication for it. Then you train a small model on
+four processes, stop it, and resume it on two.
 
 You will learn
 
 - how a ``DTensor`` says which block of the whole tensor a rank holds;
-- how a layer is divided by columns and by rows, and where dropout stands in it;
+- how two layers are divided by columns and by rows, and where their dropout stands;
 - how to compare a run on four ranks with a run on one.
 
 Needs: PyTorch, and :ref:`block dropout`.
@@ -167,9 +167,10 @@ class BlockDropout(torch.autograd.Function):
 #
 # So a rank can compute its block alone: it begins with the whole tensor and cuts off what others
 # hold, once for each ``Shard``. The shards are as large as those of ``torch.chunk``, so the last
-# ones may be smaller, or empty. One case is special. If FSDP divides the rows that tensor
-# parallelism has divided already, its placement comes first in the list but has to be applied
-# last. PyTorch marks it by a ``split_factor``, which says into how many parts the others divide.
+# ones may be smaller, or empty. There is one special case. FSDP, which divides the weights among
+# ranks to save memory, can divide a dimension that is divided already. Its placement comes first in
+# the list, but has to be applied last. PyTorch marks it by a ``split_factor``, which says into how
+# many parts the others divide.
 
 import functools
 import math
@@ -204,9 +205,9 @@ def block_of(shape, mesh_shape, coordinates, placements):
 # As a public function
 # --------------------
 #
-# Everything else is local, and no rank asks another for anything. What all ranks hold as a whole,
-# they drop alike, so the copies stay equal. Only ``Partial`` is refused: to drop a summand is not
-# to drop the sum.
+# Each rank drops its block alone, and needs nothing from the others. If several ranks hold the same
+# block, they draw the same mask, so the copies stay equal. Only ``Partial`` is refused: its
+# summands have to be added first.
 
 
 def sharded_dropout(x, p, seed):
@@ -258,8 +259,8 @@ def sharded_dropout(x, p, seed):
 #
 # As nothing is communicated, one process can play the ranks in turn. PyTorch has a fake process
 # group for that, which does nothing when it is asked to send. Below, the columns of a matrix are
-# divided among 1, 2 and 4 ranks, which all have the same seed. First the dropout that PyTorch has
-# for ``DTensor`` draws the masks, then yours. Is the joined mask that of one rank?
+# divided among 1, 2 and 4 ranks, which all have the same seed. First PyTorch's own dropout draws
+# the masks of the ``DTensor``, then ours. Is the joined mask that of one rank?
 
 if __name__ == "__main__":
     import warnings
@@ -294,14 +295,17 @@ if __name__ == "__main__":
     sys.excepthook = hook
 
 # %%
+# With PyTorch's dropout the mask changes with the number of ranks, and with ours it does not.
+#
 # On real ranks
 # -------------
 #
-# Now with processes. The worker below trains two layers that are divided as Megatron divides them:
-# the first by columns, so that each rank has some of the hidden units and drops among them, the
-# second by rows. Its results are sums over the ranks, which is the only communication. A second
-# dropout follows on the sums, which every rank holds as a whole. At its end the worker saves the
-# weights, and the next run goes on from them, on any number of ranks.
+# Now we use real processes. The worker below trains two layers that are divided as Megatron divides
+# them. The first is divided by columns, so that each rank has some of the hidden units and drops
+# among them. The second is divided by rows, so its results are sums over the ranks, and adding them
+# up is the only communication. A second dropout acts on the sums, which every rank holds as a
+# whole. At its end the worker saves the weights, and the next run goes on from them, on any number
+# of ranks.
 #
 # .. image:: /_static/sharded_layers.svg
 #    :alt: Two ranks side by side. Each has all of x, some columns of the first weight, some hidden units with their part of one mask, and some rows of the second weight. The results are summed over the ranks, the only communication; then both draw the same mask.
@@ -347,9 +351,9 @@ dist.destroy_process_group()
 """
 
 # %%
-# ``torchrun`` starts the worker once for each rank. The processes are new and know nothing of this
-# one, so they import the functions from a file. With four GPUs or more the ranks are GPUs;
-# otherwise they are processes on the CPU, where Triton interprets.
+# ``torchrun`` starts the worker once for each rank. The new processes know nothing of this one, so
+# they import the functions from a file. If there are four GPUs or more, each rank has one;
+# otherwise the ranks compute on the CPU, with Triton's interpreter.
 
 
 def functions_as_a_module(device):
@@ -401,18 +405,18 @@ if __name__ == "__main__":
         print("4 ranks, then 2:", losses + train_on(2, 3, 6, folder, before="half.pt"))
 
 # %%
-# The losses agree to all the digits that are printed. They need not agree to the last bit: each
-# rank adds up its part of ``hidden @ down``, and then the parts are added, which is another order
-# than on one rank. The masks do agree to the last bit. So what is left is rounding, and a
-# difference beyond rounding is a bug that you can look for.
+# The losses agree to all the digits that are printed. They need not agree to the last bit, because
+# each rank adds up its part of ``hidden @ down`` before the parts are added, which is another order
+# than on one rank. The masks do agree to the last bit. So if the losses differ by more than
+# rounding, there is a bug, and you can look for it.
 #
 # Sixteen thousand ranks
 # ----------------------
 #
-# Large runs divide a tensor along several dimensions. Here is one of 2^39 elements on a mesh of
-# 64 x 16 x 16 ranks: samples, then sequence, then features. Two thousand of the ranks, chosen at
-# random, compute their blocks, and each pair of blocks is compared. Two blocks have an element in
-# common only if they overlap along every dimension.
+# Large runs divide a tensor along several dimensions. Here is one of 2^39 elements on a mesh of 64
+# x 16 x 16 ranks, divided by samples, by steps of the sequence and by features. We compute the
+# blocks of two thousand of the ranks, chosen at random, and compare each pair of blocks. Two blocks
+# have an element in common only if they overlap along every dimension.
 
 if __name__ == "__main__":
     import random
@@ -430,14 +434,14 @@ if __name__ == "__main__":
     print(f"together the ranks have {n_elements} elements of {math.prod(shape)}")
 
 # %%
-# No element is drawn twice, and every place has a word of its own, so no word is used twice. A
-# seed has words for 2^66 places, which is 2^27 tensors of this size. And since all ranks share the
-# seed, none of its 64 bits are spent on numbering the ranks.
+# No two of these ranks have an element in common, and every place has a word of its own, so no word
+# is used twice. A seed has words for 2^66 places, which is 2^27 tensors of this size. And since all
+# ranks share the seed, none of its 64 bits are spent on numbering the ranks.
 #
 # Exercises
 # ---------
 #
-# 1. Two ranks that were given different seeds draw parts of two masks, and nothing complains.
+# 1. Two ranks that were given different seeds draw parts of two masks, and there is no error.
 #    Write the check that notices. Why is it not part of ``sharded_dropout``?
 # 2. Change the worker so that the samples are divided among the ranks as well, on a mesh of two
 #    dimensions. Which lines don't have to change?

@@ -55,8 +55,9 @@ if __name__ == "__main__":
 #
 # Softmax needs the maximum and the sum of the whole row, but a program knows only its own slice.
 # It finds :math:`m_i`, the largest of its elements, and :math:`s_i`, the sum of their
-# :math:`e^{x - m_i}`. That is enough, because a factor turns a sum that was taken with :math:`m_i`
-# into one with the row's maximum :math:`m` (Milakov and Gimelshein, 2018):
+# :math:`e^{x - m_i}`. That is enough. Once the row's maximum :math:`m` is known, a factor of
+# :math:`e^{m_i - m}` turns :math:`s_i` into the sum of :math:`e^{x - m}` (Milakov and Gimelshein,
+# 2018):
 #
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
@@ -67,14 +68,14 @@ if __name__ == "__main__":
 # Read it again while it is in the cache
 # --------------------------------------
 #
-# Between the multiprocessors and the memory lies a cache of tens of megabytes, *L2*, which keeps
-# what was used last. If the second read of a slice follows soon after the first, the data is still
-# there, and the second read is cheap. So one launch does both steps.
+# The GPU has a cache of tens of megabytes between its multiprocessors and its memory, *L2*, which
+# keeps what was used last. If the second read of a slice follows soon after the first, the data is
+# still there, and the second read is cheap. So one launch does both steps.
 #
-# Number the slices of all rows 0, 1, 2, ... Program t reads slice t for the first time and writes
-# its two numbers to memory. Then it reads an older slice, t - ``lag``, for the second time, and
-# finishes it. If ``lag`` is large enough, all slices of that row have been read by then. If it is
-# small enough, the slice is still in the cache.
+# We number the slices of all rows 0, 1, 2, ... Program t reads slice t for the first time and
+# writes its two numbers to memory. Then it reads an older slice, t - ``lag``, for the second time,
+# and writes its part of :math:`y`. If ``lag`` is large enough, all slices of that row have been
+# read by then. If it is small enough, the slice is still in the cache.
 #
 # .. image:: /_static/softmax_slices.svg
 #    :alt: A strip of slices in the order of reading. Program t reads slice t from memory and writes its two numbers. It finishes slice t minus lag, which it reads again, from the cache, with the numbers of all slices of that row. The slices in between were read once and are still in the cache.
@@ -89,29 +90,30 @@ if __name__ == "__main__":
 # none of them is the mark. (If a result happens to be that NaN, another NaN is written in its
 # place.) Three details make that work:
 #
-# - A NaN is not equal to itself, so the mark has to be compared as an integer. ``stats`` has
-#   integers, and ``bitcast`` takes the bits of one type for another.
+# - A NaN is not equal to itself, so the mark has to be compared as an integer. So ``stats`` holds
+#   integers, and ``bitcast`` reads the same bits as a floating-point number, or the other way
+#   round.
 # - ``volatile`` makes the compiler load again each time instead of reusing the first value. It
 #   also skips L1, each multiprocessor's own small cache, which doesn't notice what others write.
-# - A plain ``tl.store`` writes what other programs are reading, which is a race in general. Here
-#   it is safe, because the GPU writes an aligned word of 4 or 8 bytes as a whole, and each word
-#   tells by itself whether it has been written. (Newer versions of Triton have
+# - A plain ``tl.store`` writes what other programs are reading at that time. In general such a
+#   *race* is an error. Here it is safe, because the GPU writes an aligned word of 4 or 8 bytes as a
+#   whole, and each word shows by itself whether it has been written. (Newer versions of Triton have
 #   ``tl.atomic_store``.)
 #
 # Take a ticket
 # -------------
 #
-# Could they all wait for each other, for ever? A GPU starts as many programs as fit, and another
-# one whenever one ends, in an order that nobody promises. If the last programs started first, they
-# would fill the GPU and wait for programs that can't start.
+# Could the programs wait for each other for ever? A GPU starts as many programs as fit, and another
+# one whenever one ends, and it promises no order. If the last programs started first, they would
+# fill the GPU and wait for programs that can't start.
 #
 # So a program doesn't use its ``program_id``. It takes a *ticket* when it starts:
 # ``tl.atomic_add`` adds 1 to a counter in memory and returns what was there before, so no two
-# programs get the same number t. (``sem="relaxed"`` says that it needn't wait for other loads and
-# stores, as it does by default.) A program waits only for slices with smaller tickets, and every
-# smaller ticket belongs to a program that has started already. Among the programs that are
-# running, the one with the smallest ticket waits for nobody. It ends, then the next one can end,
-# and so all of them do.
+# programs get the same number t. (By default it also keeps the loads and stores around it in order.
+# ``sem="relaxed"`` says that this is not needed.) A program waits only for slices with smaller
+# tickets, and every smaller ticket belongs to a program that has started already. Among the
+# programs that are running, the one with the smallest ticket waits for nobody. It ends, then the
+# next one can end, and so all of them do.
 #
 # The kernel
 # ----------
@@ -121,7 +123,7 @@ NOT_YET = tl.constexpr(-1)
 
 @triton.jit
 def to_arithmetic(x):
-    """float16 and bfloat16 are too coarse to add up in."""
+    """Widen to float32: a sum in float16 or bfloat16 would lose too many digits."""
     return x.to(tl.float32) if x.dtype.primitive_bitwidth < 32 else x
 
 
@@ -184,18 +186,19 @@ def slice_softmax_kernel(
 
 
 # %%
-# Triton's interpreter runs programs one after the other, and none of these waits for a later one.
+# Triton's interpreter runs programs one after the other. That works here, because no program waits
+# for a later one.
 #
-# In the launch, a slice has 4096 elements, or 8192 in the backward pass, and half as many if the
-# rows are not aligned. ``lag`` is the number of slices in a row, plus as many as hold
-# ``lag_bytes``. These sizes were found by measuring.
+# In the launch, a slice has 4096 elements, or 8192 in the backward pass, and half as many if rows
+# can begin at any address. ``lag`` is the number of slices in a row, plus the number of slices that
+# ``lag_bytes`` have room for. We found these sizes by measuring on an H100.
 
 import math
 
 LAG_BYTES = 5 * 2**20
 
 
-# Threads of a warp: 64 on some of AMD's GPUs. No program has more than 1024 threads.
+# The threads of a warp, 64 on some of AMD's GPUs.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
@@ -269,7 +272,8 @@ def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # Is it right?
 # ------------
 #
-# 20001 columns make ten slices, the last one short. Some slices of the first row are all ``-inf``.
+# 20001 columns make ten slices in the forward pass, and the last one is not full. Some slices of
+# the first row are all ``-inf``.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -285,9 +289,10 @@ if __name__ == "__main__":
 # How long is the lag?
 # --------------------
 #
-# Before you look: what happens if the lag is very short, or very long? If it is short, programs
-# often wait for numbers that are still being computed. If it is long, the slice has left the cache
-# and comes from memory again. That makes three trips, and two thirds of the copy's speed.
+# If the lag is short, programs often wait for numbers that are still being computed. If it is long,
+# the slice has left the cache and comes from memory again. Then :math:`3MN` elements move instead
+# of :math:`2MN`, so the count predicts two thirds of the copy's speed for the right end of this
+# figure:
 
 
 def speed_of(run, n_bytes):
@@ -314,14 +319,15 @@ if __name__ == "__main__" and not INTERPRET:
     print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
 # %%
-# The right end comes down to about two thirds of the copy, which confirms the count. The lag can't
-# be as large as the cache, which also holds what is written and what other programs read.
+# The right end comes down to about two thirds of the copy, which confirms the count. The speed
+# falls before the lag is as large as the cache, because the cache also holds what is written.
 #
 # Is it fast?
 # -----------
 #
-# All sizes have 2^28 elements. 50257, the size of GPT-2's vocabulary, is an odd number. The limit
-# is a copy, and for the backward pass an addition, which reads two matrices and writes one.
+# All matrices have 2^28 elements. The width 50257 is the size of GPT-2's vocabulary, and an odd
+# number. The limit is a copy, and for the backward pass an addition, which reads two matrices and
+# writes one.
 
 FORWARD = "softmax", "copy", "torch.softmax", "naive, torch.compile"
 BACKWARD = "softmax, backward", "x + y", "torch.softmax, backward"
@@ -367,21 +373,21 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"slices reach at least {share:.0%} of the limit\n")
 
 # %%
-# ``torch.softmax`` and ``torch.compile`` read a wide row more than once. The slices come close to
-# the copy where the arithmetic leaves room, as on an H100. An H200 computes as fast but has faster
-# memory. There they stay well below the copy, above all in bfloat16, and QuACK (see the
-# references) is ahead: it gives a row to a *cluster* of programs, which exchange numbers in shared
-# memory.
+# ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
+# they stay well below the copy. The slices come close to the copy on an H100. An H200 computes as
+# fast but has faster memory, and there the slices stay well below the copy, too, above all in
+# bfloat16. QuACK (see the references), which is not in the figure, is faster there. It gives a row
+# to a *cluster* of programs, which exchange numbers in shared memory.
 #
-# The lowest point is 50257 columns. Rows of an odd width can begin anywhere between two multiples
-# of 16 bytes, so every element is loaded by itself, and in bfloat16 ``torch.softmax`` is about as
-# fast or faster. In the backward pass the widest rows of float32 are slower, because the lag
-# includes a whole row of both inputs.
+# In bfloat16 the lowest point is 50257 columns, and in the forward pass ``torch.softmax`` is faster
+# there. Rows of an odd width can begin anywhere between two multiples of 16 bytes, so every element
+# is loaded by itself. In the backward pass in float32 the widest rows are slow as well. Its lag
+# includes a whole row of both inputs, which here is longer than the best lag of the figure above.
 #
 # As a public function
 # --------------------
 #
-# Operators and gradient are connected as in :ref:`softmax tiles`.
+# The operators and the gradient are connected as in :ref:`softmax tiles`.
 
 slice_softmax_op = torch.library.custom_op(
     "fast_and_right::slice_softmax", launch_slice_softmax, mutates_args=()
@@ -446,13 +452,15 @@ def slice_softmax(x):
 # Exercises
 # ---------
 #
-# 1. Let a program take ``tl.program_id(0)`` for its ticket, and time it. What have you lost?
+# 1. Use ``tl.program_id(0)`` in place of the ticket, and time it. What have you gained, and what
+#    have you lost?
 #
 # .. note::
 #    Try it first.
 #
-#    1. Nobody promises that a GPU starts programs in the order of their numbers, so a program may
-#       wait for one that can't start. And the ticket takes next to no time beside reading a slice.
+#    1. You have lost the certainty that the kernel ends: a GPU doesn't promise to start programs in
+#       the order of their numbers, so a program may wait for one that can't start. You have gained
+#       next to no time, because taking a ticket is quick beside reading a slice.
 #
 #       .. code-block:: diff
 #

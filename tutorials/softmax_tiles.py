@@ -54,9 +54,9 @@ if __name__ == "__main__":
 # A block of addresses
 # --------------------
 #
-# A row of 256 columns in bfloat16 has 512 bytes. A program that loads so little spends most of its
-# time on starting and ending. So we give each program a *tile* of several rows, about 4096
-# elements together.
+# A row of 256 columns in bfloat16 has 512 bytes. A program that loads so little spends much of its
+# time on starting and ending. So we give each program a *tile* of several rows, with about 4096
+# elements in all.
 #
 # In the kernel, ``rows`` becomes a column of row numbers and ``cols`` a row of column numbers. We
 # multiply ``rows`` by the stride, the distance in memory from one row to the next, and add
@@ -67,36 +67,38 @@ if __name__ == "__main__":
 #    :alt: A column of four row starts plus a row of column numbers gives a block of four by eight addresses, two columns of which are masked. Below, memory as a line: eight threads that read neighbouring elements need one piece of memory, eight threads that read elements far apart need eight.
 #
 # The lower half of the picture shows why ``cols`` has to run along memory. The 32 threads of a
-# warp load together, and memory comes in pieces of 32 bytes. If neighbouring threads want
+# warp load together, and the memory delivers pieces of 32 bytes. If neighbouring threads load
 # neighbouring elements, every byte of a piece is used: the loads are *coalesced*. If the elements
-# lie far apart, each brings a piece of its own, most of which is thrown away.
+# lie far apart, each needs a piece of its own, and most of the piece is thrown away.
 #
 # Why Triton has to know where rows begin
 # ---------------------------------------
 #
 # A thread can load 16 bytes with one instruction, but only from an address that is a multiple of
-# 16. On other addresses the instruction fails, so the compiler has to be certain.
+# 16. At other addresses the instruction fails, so the compiler uses it only if it is certain of the
+# address.
 #
-# For the first row it is, because Triton looks at each tensor and each integer that you pass. It
-# compiles a version of the kernel for tensors that begin at a multiple of 16, and one for integers
-# that are multiples of 16. But take 5000 columns in bfloat16: 5000 is no multiple of 16, although
-# the 10000 bytes of a row are. The compiler can't know that, so it loads each element by itself.
+# Triton helps it by looking at each argument. If a tensor begins at a multiple of 16 bytes, or an
+# integer is a multiple of 16, Triton compiles a version of the kernel that relies on it. So the
+# compiler is certain where the first row begins. But where does the second row begin if there are
+# 5000 columns in bfloat16? The 10000 bytes of a row are a multiple of 16, but the integer 5000 is
+# not. So the compiler can't rely on it, and loads each element by itself.
 #
-# We can tell it. ``ALIGN`` is the largest power of two, up to 16 bytes, that divides the width and
-# the stride. We pass both divided by ``ALIGN``, and the kernel multiplies them again. ``ALIGN`` is
-# a ``tl.constexpr``, so the compiler sees a product with a number that it knows, and such a
-# product is a multiple of it.
+# We can tell it. ``ALIGN`` is the largest power of two that divides the width and the stride, up to
+# the number of elements in 16 bytes. We pass both divided by ``ALIGN``, and the kernel multiplies
+# them by ``ALIGN`` again. Since ``ALIGN`` is a ``tl.constexpr``, the compiler knows its value, and
+# so it knows that the products are multiples of it.
 #
 # The kernel
 # ----------
 #
-# The reductions run along axis 1, and ``keep_dims`` leaves a column, as ``keepdim`` does in
-# PyTorch. A function that is called from a kernel is marked with ``triton.jit``, too.
+# The maximum and the sum run along axis 1, and ``keep_dims`` leaves a column, as ``keepdim`` does
+# in PyTorch. A function that a kernel calls is marked with ``triton.jit``, too.
 
 
 @triton.jit
 def to_arithmetic(x):
-    """float16 and bfloat16 are too coarse to add up in."""
+    """Widen to float32: a sum in float16 or bfloat16 would lose too many digits."""
     return x.to(tl.float32) if x.dtype.primitive_bitwidth < 32 else x
 
 
@@ -122,18 +124,19 @@ def tile_softmax_kernel(
 # Launch it
 # ---------
 #
-# A tile has 4096 elements, or one row if that is more. The size was found by measuring: larger
-# tiles leave room for fewer programs at a time, and smaller ones spend more on starting.
+# A tile has 4096 elements, or more if a single row has more. We found this size by measuring on an
+# H100: larger tiles leave room for fewer programs at a time, and smaller ones spend more time on
+# starting.
 #
-# Softmax runs over the last dimension, so all dimensions before it are counted as rows. If
-# neighbours in a row are not neighbours in memory, as in a transposed matrix, the input is copied.
+# Softmax runs over the last dimension, and each index of the dimensions before it counts as a row.
+# If neighbours in a row are not neighbours in memory, as in a transposed matrix, we copy the input.
 
 import math
 
 TILE = 4096
 
 
-# Threads of a warp: 64 on some of AMD's GPUs. No program has more than 1024 threads.
+# The threads of a warp, 64 on some of AMD's GPUs. No program has more than 1024 threads.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
@@ -143,12 +146,12 @@ def warps(n_bytes):
 
 
 def launch_tiles(kernel, tensors, n_rows, *widths, tile=TILE, align=True):
-    """Run a kernel on tiles. ``widths``: row strides, if any, and last the number of columns."""
+    """Run a kernel on tiles. ``widths`` are row strides, if any, then the number of columns."""
     n_cols, itemsize = widths[-1], tensors[0].element_size()
     BLOCK = triton.next_power_of_2(n_cols)
     ROWS = max(tile // BLOCK, 1)
     ALIGN = math.gcd(*widths, 16 // itemsize) if align else 1
-    # A thread that loads 2 bytes at a time gets fewer elements.
+    # If a thread has to load elements of 2 bytes one by one, it gets half as many.
     num_warps = warps(ROWS * BLOCK * max(itemsize, 4 // ALIGN))
     widths = [width // ALIGN for width in widths]
     grid = (triton.cdiv(n_rows, ROWS),)
@@ -195,7 +198,7 @@ if __name__ == "__main__":
 #
 # This needs :math:`y` but not :math:`x`, so only the output is kept for the backward pass. For M
 # rows with N columns it reads :math:`2MN` elements, :math:`y` and :math:`g`, and writes
-# :math:`MN`. An addition of two matrices moves as much, so we will take that for the limit.
+# :math:`MN`. An addition of two matrices moves as many, so we take its speed for the limit.
 
 
 @triton.jit
@@ -234,10 +237,10 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# All sizes have 2^28 elements, so no launch is short. "softmax" is this kernel, and "one row a
-# program" is the same kernel without tiles and ``ALIGN``, as in the first lesson. Beside them are
-# ``torch.softmax``, the five operators of the first lesson as ``torch.compile`` fuses them, and
-# the limit, a copy.
+# All matrices have 2^28 elements, so no launch is short. "softmax" is this kernel, and "one row a
+# program" is the same kernel without tiles and ``ALIGN``, as in the first lesson. The other lines
+# are ``torch.softmax``, the five operators of the first lesson fused by ``torch.compile``, and a
+# copy, which is the limit.
 
 
 def naive_softmax(x):
@@ -312,19 +315,21 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # In bfloat16, one row a program is slow above all at 256 columns, where several rows a program
-# help, and at 5000, where ``ALIGN`` does. ``torch.softmax`` and ``torch.compile`` are good on
-# narrow rows; on wider ones they fall behind in bfloat16. PyTorch's backward pass stays far below
-# its limit.
+# help, and at 5000, where ``ALIGN`` helps. In float32 this kernel gains nothing on an H100: one row
+# a program already is about as fast as the copy. ``torch.softmax`` and ``torch.compile`` are at
+# their best on narrow rows. On wider ones ``torch.softmax`` falls behind in both dtypes, and
+# ``torch.compile`` above all in bfloat16. PyTorch's backward pass reaches no more than about half
+# of its limit.
 #
 # How close the widest rows come to the copy depends on the GPU. An H200 computes as fast as an
 # H100 but has faster memory, so arithmetic takes a larger share of the time. There bfloat16, which
-# has twice as many elements in the same bytes, falls visibly short of the copy at 12160 columns.
+# has twice as many elements in the same bytes, is clearly slower than the copy at 12160 columns.
 #
 # As a public function
 # --------------------
 #
 # Both launches become operators for ``torch.compile``, and a ``torch.autograd.Function`` connects
-# them; :ref:`seeded dropout` explains how. Second derivatives are left to PyTorch's operator.
+# them; :ref:`seeded dropout` explains how. For second derivatives we call PyTorch's own operator.
 
 tile_softmax_op = torch.library.custom_op(
     "fast_and_right::tile_softmax", launch_tile_softmax, mutates_args=()
@@ -403,9 +408,9 @@ if __name__ == "__main__":
     print("first and second derivatives agree with finite differences")
 
 # %%
-# Why stop at 64 KiB? A row has to stay in the registers of a multiprocessor, which are 256 KiB, in
-# the dtype of the arithmetic: 16-bit numbers count as 4 bytes. The computation needs registers as
-# well, and what doesn't fit is moved to memory and back. :ref:`softmax slices` is about wider
+# Why does it stop at 64 KiB? A row has to stay in the registers of a multiprocessor, which hold 256
+# KiB. There each 16-bit number takes 4 bytes, because we compute in float32. The computation needs
+# registers as well, and what doesn't fit spills to memory. :ref:`softmax slices` is about wider
 # rows.
 #
 # So far you saw the GPU's time. In a program of many small kernels the CPU's time for a call
@@ -420,14 +425,14 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{call}: {min(times) * 1e3:.0f} microseconds of the CPU for a call")
 
 # %%
-# PyTorch's operator is written in C++, and is ahead here. A CUDA graph saves this time for all
-# three.
+# PyTorch's operator is written in C++, and takes the CPU less time. A CUDA graph, which captures
+# many launches and replays them with one call, saves this time for all three.
 #
 # Exercises
 # ---------
 #
-# 1. ``warps`` gives each thread 64 bytes. Try 16, and 256, and predict both figures before you
-#    look.
+# 1. ``warps`` gives each thread 64 bytes. Try 16 and 256 bytes, and predict both figures before
+#    you look.
 # 2. Turn the forward kernel into one for the RMS norm of rows, which divides each element by
 #    :math:`\sqrt{\tfrac{1}{n} \sum_k x_k^2 + 10^{-6}}`.
 #
@@ -435,10 +440,10 @@ if __name__ == "__main__" and not INTERPRET:
 #    Try it first.
 #
 #    1. With 16 bytes a program has four times the warps, but never more than 32. More threads
-#       spend more time on combining results. With 256 bytes a thread holds more in registers, and
-#       fewer threads have loads under way. Expect neither to come closer to the copy.
-#    2. One reduction is left, and the padding becomes 0, which adds nothing to the sum of squares.
-#       The launch stays as it is.
+#       spend more time on combining their results. With 256 bytes a thread holds more in registers,
+#       and fewer threads load at the same time. Expect neither to come closer to the copy.
+#    2. The maximum is not needed, and the padding becomes 0, which adds nothing to the sum of
+#       squares. The launch stays as it is.
 #
 #       .. code-block:: diff
 #

@@ -5,10 +5,10 @@ A random projection that is never stored
 ========================================
 
 You write a matrix product whose right-hand side is never in memory: the kernel draws each tile of
-the random matrix where it multiplies by it. Such a product squeezes vectors of a million numbers
-into four thousand and hardly changes the distances between them. Most of its time goes into reading
-the matrix. But :ref:`seeded dropout` showed that random numbers can be computed wherever they are
-needed.
+the random matrix where it multiplies by it. It squeezes vectors of a million numbers
+into four thousand and hardly changes the distances between them. If the vectors are few, most of
+the time goes into reading the matrix. But :ref:`seeded dropout` showed that random numbers can be
+computed where they are needed.
 
 You will learn
 
@@ -65,9 +65,9 @@ if __name__ == "__main__":
 # y is on average that of x. We take a density of 1/3, which Achlioptas showed in 2003 to be as
 # accurate as a matrix without zeros.
 #
-# Now count. With a million features (2^20) and 4096 components, R has 2^32 entries of
-# two bytes each in bfloat16. They have to be read for each product, however few vectors you
-# project; 64 vectors are a small share of that. A kernel that draws R reads none of it.
+# Now count. With a million features (2^20) and 4096 components, R has 2^32 entries of two bytes
+# each in bfloat16. All of them have to be read for a product, even if you project a single vector.
+# Next to R, the 2^26 numbers of 64 vectors hardly count. A kernel that draws R reads only x.
 #
 # .. image:: /_static/computed_matrix.svg
 #    :alt: Seed, feature and component enter Philox; sixteen of its 128 bits make one entry: a sign, and fifteen bits to compare with the density. A drawn tile is multiplied by a tile of x.
@@ -78,8 +78,8 @@ if __name__ == "__main__":
 # First, both matrices are in memory. Each program computes a tile of the result, ``OUT`` components
 # of ``VECTORS`` vectors. It walks along the features in steps of ``IN``. In each step it loads a
 # tile of x and one of R, and ``tl.dot(r, x, y)`` adds their product to ``y``. For 16-bit numbers it
-# uses the *tensor cores*, units of the GPU that only multiply small matrices. For simplicity, the
-# tile's sizes have to divide the matrices'.
+# uses the *tensor cores*, units of the GPU that only multiply small matrices. To keep it short, the
+# kernel takes only matrices whose sizes are multiples of the tiles'.
 
 
 @triton.jit
@@ -115,18 +115,19 @@ if __name__ == "__main__":
 #
 # To replace the load of ``r``, entry (j, i) of R must be a function of the seed, the feature j and
 # the component i alone. Philox is such a function: its key is the seed, and its counter has room
-# for j and i. But a call for each of 2^32 entries would take longer than reading them. So an entry
-# gets 16 bits, and the 128 bits of a call make eight entries. The top bit of an entry is its sign.
-# The entry is nonzero if the other 15 bits are less than t, the density times 2^15.
+# for j and i. But in :ref:`seeded dropout` a call of Philox for each element took longer than
+# moving 4 bytes, and an entry has only two. So an entry gets 16 bits, and the 128 bits of a call
+# make eight entries. The top bit of an entry is its sign. The entry is nonzero if the other 15 bits
+# are less than t, the density times 2^15.
 #
-# For a density of 1/3 this t is no integer. So each call rounds it up or down at random, and up as
-# often as its fraction says. The exclusive or of its four words decides, which is independent of
-# each of its entries.
+# For a density of 1/3 this t is not an integer. So each call rounds it up or down at random, and
+# the probability of rounding up is the fraction of t. The exclusive or of the call's four words
+# decides, because each of the eight entries is independent of it.
 #
 # Which entry gets which bits is our choice. In the order below each thread draws just the entries
-# that the tensor cores want from it. **Feature j of component i finds its bits
-# in the call with the counter (c, i), where c = 4 ⌊j / 32⌋ + ⌊(j mod 8) / 2⌋, in word ⌊j / 8⌋ mod 4:
-# in its lower half if j is even, in its upper half if j is odd.**
+# that the tensor cores want from it. **Feature j of component i finds its bits in the call with the
+# counter (c, i), where c = 4 ⌊j / 32⌋ + ⌊(j mod 8) / 2⌋, in word ⌊j / 8⌋ mod 4: in its lower half
+# if j is even, in its upper half if j is odd.**
 #
 # Draw a tile
 # -----------
@@ -134,7 +135,7 @@ if __name__ == "__main__":
 # One operation on a word can work on both of its entries, as long as nothing carries over from the
 # lower half to the upper one. ``0x7FFF + t`` minus the 15 bits is between 0 and 0xFFFF, and its top
 # bit is 1 exactly if the bits are less than t. We move that bit down by one and put the sign in
-# front. The result, 0x4000 or 0xC000, is +2 or -2 in bfloat16. Halving it comes last.
+# front. The result, 0x4000 or 0xC000, is +2 or -2 in bfloat16. The finished product is halved.
 
 
 @triton.jit
@@ -175,9 +176,9 @@ def entries(calls, components, t, fraction, seed):
 # The same loop, with the tile drawn
 # ----------------------------------
 #
-# Compare this loop with the first: where R was loaded, the kernel calls ``entries``. The rest makes
-# it more general: a mask, any strides of ``x``, sums in the dtype ``SUM``, and with ``TRANSPOSED``
-# a product with the transpose of R, for the backward pass.
+# Compare this loop with the first: where that one loaded R, this one calls ``entries``. The other
+# changes make it more general: it has a mask, takes any strides of ``x``, adds up in the dtype
+# ``SUM``, and with ``TRANSPOSED`` multiplies by the transpose of R, for the backward pass.
 
 
 @triton.jit
@@ -246,8 +247,7 @@ def launch_project(x, n_out, seed, density, transposed):
 # The result is wrong without ``num_stages=1``. By default Triton lets the steps of a loop overlap:
 # while the tensor cores still multiply, the next step begins. Here it draws entries, into registers
 # that the tensor cores may still be reading. On Hopper GPUs (H100, H200) Triton 3.6 does not always
-# wait for them (`triton#9433 <https://github.com/triton-lang/triton/issues/9433>`_). Small products
-# were right, and large ones had a few wrong entries now and then. With ``num_stages=1`` a step ends
+# wait for them (`triton#9433 <https://github.com/triton-lang/triton/issues/9433>`_). Small products were right, and large ones sometimes had a few wrong entries. With ``num_stages=1`` a step ends
 # before the next begins.
 #
 # Float32 from three bfloat16
@@ -294,8 +294,8 @@ def drawn_product(
 # ------------
 #
 # The projected unit vectors are the matrix itself, so we can compare with products of PyTorch. The
-# last check divides squared distances after the projection by those before: their standard
-# deviation should be about :math:`\sqrt{2 / k}`.
+# last check divides squared distances after the projection by those before. The standard deviation
+# of these ratios should be about :math:`\sqrt{2 / k}`.
 
 if __name__ == "__main__":
     D, k, d = 300, 96, 1 / 3
@@ -317,7 +317,7 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# A stored matrix has to be read once, however few the vectors. So the limit of its product is the
+# A stored matrix has to be read once, even for a single vector. So the limit of its product is the
 # time in which a copy moves as many bytes. Making the matrix is not counted.
 
 FEATURES, COMPONENTS = 2**20, 4096
@@ -352,18 +352,16 @@ if __name__ == "__main__" and not INTERPRET:
     print(tabulate(times, "keys", floatfmt=".2f", showindex=False, maxheadercolwidths=14))
 
 # %%
-# For few vectors, drawing the matrix takes less time than reading it. The more vectors share a tile
-# of R, the less its reading counts, until the tensor cores limit the stored product. The kernel has
-# to draw R anew for every 256 vectors, the most for which a program has room for sums. So for many
-# vectors a stored matrix is faster, if you have room for it. Where the lines cross depends on the
-# GPU. An H200 computes as fast as an H100 and reads faster, so expect them to cross earlier there.
+# For few vectors, drawing the matrix takes less time than reading it. On an H100 the lines cross
+# between 64 and 256 vectors. Beyond that a stored matrix is faster, if you have room for it: all
+# vectors share one reading of it. Our kernel has to draw R anew for every 256 vectors, because a
+# program has no room for the sums of more.
 #
 # As a public function
 # --------------------
 #
-# The gradient of :math:`y = x R` is :math:`\partial y` times the transpose of R, so the
-# ``torch.autograd.Function`` applies itself. That makes gradients of gradients work, too.
-# :ref:`operators` explains the rest.
+# The gradient of x is the gradient that arrives times the transpose of R. So ``backward`` applies
+# the function itself, and can be differentiated as well. :ref:`operators` explains the rest.
 
 import numbers
 
@@ -435,7 +433,7 @@ def sparse_jl_transpose(y, n_features, seed, density=1 / 3):
 
 
 # %%
-# This is the CPU's time for a small call. The last line is the launch without checks and autograd.
+# What does a call cost the CPU? The last line has no checks and no autograd.
 
 if __name__ == "__main__" and not INTERPRET:
     import timeit
@@ -447,14 +445,14 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{call}: {min(times) * 1e3:.0f} microseconds of the CPU for a call")
 
 # %%
-# ``x @ R`` is one call into C++. Ours computes launch settings in Python, launches the kernel, and
-# calls PyTorch for sums, scale and dtype. So small matrices are better stored.
+# ``x @ R`` is one call into C++. Ours chooses launch settings, launches the kernel, and calls
+# PyTorch for sums, scale and dtype. So it is better to store small matrices.
 #
 # Exercises
 # ---------
 #
-# 1. With density 1 an entry is a sign, and one bit would do. Write
-#    ``sign_projection(x, n_components, seed)`` that makes 128 entries from a call of Philox. How
+# 1. With density 1 an entry is a sign, for which one bit is enough. Write
+#    ``sign_projection(x, n_components, seed)``, which makes 128 entries from a call of Philox. How
 #    much faster do you expect it to be?
 # 2. Work out the variance of :math:`|y|^2 / |x|^2` for any density. Measure it for a vector whose
 #    features are all equal, and for one of which a single feature is not zero.
@@ -462,8 +460,9 @@ if __name__ == "__main__" and not INTERPRET:
 # .. note::
 #    Try it first.
 #
-#    1. A sixteenth of the calls, for the bits of a call are 128 signs. Don't expect a sixteenth of
-#       the time: each bit has to be taken out of its word, and the product takes as long as before.
+#    1. It needs a sixteenth of the calls, because a call makes 128 signs in place of eight entries.
+#       Don't expect a sixteenth of the time: each bit has to be taken out of its word, and the
+#       product takes as long as before.
 #
 #       .. code-block:: python
 #

@@ -7,12 +7,13 @@ From one nonzero entry to the next
 You multiply by a random matrix of which one entry in a thousand is not zero, and your kernel draws
 only those: it jumps from each nonzero entry to the next. The kernel of
 :ref:`sparse johnson-lindenstrauss` draws every entry, and would spend nearly all its time on
-multiplying by zero. A thousandth of the draws are enough if you draw the distances.
+multiplying by zero. If you draw the distances between the nonzero entries instead, far fewer draws
+are enough.
 
 You will learn
 
 - how to draw the gap to the next nonzero entry instead of the zeros in between;
-- how a kernel reads and adds at positions that it computes itself, with ``tl.cumsum`` and atomics;
+- how a kernel computes the positions that it reads with ``tl.cumsum``, and adds with atomics;
 - what sparseness costs in accuracy, and how a drawn matrix compares with a stored sparse one.
 
 Needs: PyTorch, and :ref:`sparse johnson-lindenstrauss`.
@@ -55,9 +56,9 @@ if __name__ == "__main__":
 # ---------------------
 #
 # As in :ref:`sparse johnson-lindenstrauss`, we compute :math:`y = x R` with k components. An entry
-# of R is +a or -a with probability d/2 each and otherwise 0, where d is the density and
-# :math:`a = 1 / \sqrt{d\,k}`. On average the squared length of y is that of x, at any density. What
-# grows as d falls is its variance:
+# of R is +a or -a with probability d/2 each and otherwise 0, where d is the density and :math:`a =
+# 1 / \sqrt{d\,k}`. At any density the squared length of y is on average that of x. But its variance
+# grows as d falls:
 #
 # .. math:: \mathrm{Var} \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{1/d - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
 #
@@ -68,19 +69,20 @@ if __name__ == "__main__":
 # that is about one in a thousand.
 #
 # Now count. With 2^20 features and 4096 components R has 2^32 entries. At a density of 1/1024 only
-# 2^22 of them are not zero, four in each row.
+# 2^22 of them are not zero. Drawing all entries, eight from a call of Philox, takes 2^29 calls.
+# Drawing the gaps between the nonzero ones, two from a call, takes 2^21.
 #
 # From nonzero to nonzero
 # -----------------------
 #
-# The number of zeros before the next nonzero entry is random, too. At least g zeros follow with the
-# probability :math:`(1 - d)^g`. So take a number u, uniform between 0 and 1, and skip
+# The number of zeros before the next nonzero entry is random, too. We call it the *gap*. It is at
+# least g with the probability :math:`(1 - d)^g`. So take a number u, uniform between 0 and 1, and
+# skip
 #
 # .. math:: g = \left\lfloor \frac{\ln u}{\ln (1 - d)} \right\rfloor
 #
 # entries. This is at least g exactly if :math:`u \le (1 - d)^g`, which has the right probability.
-# Try it: after one entry, the next is nonzero with probability d, and on average there are 1/d - 1
-# zeros in between.
+# Try it: a gap of 0 should have the probability d, and the mean gap should be 1/d - 1.
 
 import math
 
@@ -93,26 +95,26 @@ if __name__ == "__main__":
 
 # %%
 # .. image:: /_static/visited_matrix.svg
-#    :alt: A column of R as a line of boxes, most of them empty, cut into two chunks. In each chunk arrows lead from one filled box to the next over the gaps. Each filled box fetches the same feature of all vectors from the transposed x.
+#    :alt: A column of R, mostly zeros, in two chunks. In each, arrows lead from one nonzero entry to the next. Each of these fetches one feature of all vectors from the transposed x.
 #
 # An entry can no longer be computed alone: to find the tenth nonzero entry of a column, you add up
-# ten gaps. If a column were one such sequence, only 4096 programs at most would have anything to
-# do. So each column is cut into *chunks* of 65536 features, and each chunk starts anew. **Gap n of
-# chunk c in component i comes from the call of Philox with the counter (⌊n / 2⌋, i, c, 1). Words 0
-# and 1 are for even n, 2 and 3 for odd n. The two make a number of 64 bits. Its bit 32 is the sign,
-# the other 63 bits are u.** (The 1 in the counter keeps these words apart from those of
-# :ref:`sparse johnson-lindenstrauss`, whose counters end in zeros.)
+# ten gaps. With one such sequence for each column, few programs could work at the same time. So a
+# column is cut into *chunks* of 65536 features, each with a sequence of its own. **Gap n of chunk c
+# in component i comes from the call of Philox with the counter (⌊n / 2⌋, i, c, 1): from words 0 and
+# 1 if n is even, 2 and 3 if it is odd. The lowest bit of the first is the sign. The other 63 bits,
+# with a half added and divided by 2^63, are u.** (The 1 sets these words apart from the last
+# lesson's.)
 #
 # The kernel
 # ----------
 #
 # A program has 16 components, and draws eight gaps of each at a time. ``tl.cumsum`` adds the gaps
-# up, which gives the positions. At each position it loads this feature of up to 64 vectors, which
-# should be neighbours in memory. So the launch transposes x first.
+# up, which gives the positions. At each position the program loads this feature of up to 64
+# vectors, which should be neighbours in memory. So the launch transposes x first.
 #
 # With ``TRANSPOSED`` the product is with the transpose of R, from components to features, which the
-# backward pass needs. Then a component's value is *added* to each feature that it is connected
-# with. Several programs may add to the same feature at the same time, so they use
+# backward pass needs. Then a program *adds* a component's value to each feature for which R has a
+# nonzero entry. Several programs may add to the same feature at the same time, so they use
 # ``tl.atomic_add``, which makes sure that no addition is lost. The order of the additions is left
 # to chance, so this product may differ in its last bits from run to run.
 
@@ -168,8 +170,9 @@ def visit_kernel(
 # Launch it
 # ---------
 #
-# Like the chunks, the sums of all parts are stored and added up afterwards. With many vectors, the
-# transposed copy of x is made piece by piece, for 64 vectors of a million features at a time.
+# Each program takes one or several chunks and stores their sum, and these sums are added up
+# afterwards. The transposed copy of x is made for at most 64 vectors of a million features at a
+# time.
 
 
 def launch_visit(x, n_out, seed, density, transposed):
@@ -215,8 +218,8 @@ def visited_product(
 # ------------
 #
 # The projected unit vectors are the matrix itself, so we can count its entries, and compare with
-# products of PyTorch. Then the variance: each component, times :math:`\sqrt k`, is a projection to
-# one component, so one call gives many samples.
+# products of PyTorch. Then we check the variance. Each component, times :math:`\sqrt k`, is a
+# projection to one component, so one call gives many samples.
 
 if __name__ == "__main__":
     D, k, d = 300, 96, 1 / 150
@@ -236,14 +239,14 @@ if __name__ == "__main__":
         print(f"{name}: variance {squares.var():.2f}, expected {expected:.2f}")
 
 # %%
-# The spiky vector pays for the sparseness, and the flat one does not.
+# Sparseness costs the spiky vector accuracy, and the flat one hardly any.
 #
 # Handwritten digits
 # ------------------
 #
-# On real data, 1797 digits of 8 by 8 pixels: how many of a digit's ten nearest neighbours are still
-# among the ten nearest after a projection? scikit-learn makes the same kind of matrix, here at the
-# same density, 1/8.
+# Take real data, 1797 digits of 8 by 8 pixels. How many of a digit's ten nearest neighbours are
+# still among the ten nearest after a projection? scikit-learn makes the same kind of matrix, with
+# the same density.
 
 if __name__ == "__main__":
     from sklearn.datasets import load_digits
@@ -268,16 +271,16 @@ if __name__ == "__main__":
             print(f"{k} components, {name}: {kept:.1%} of the neighbours kept")
 
 # %%
-# The two make the same kind of error. scikit-learn has to keep its matrix to project the next digit,
-# and you a seed.
+# The two lose about as many neighbours. To project the next digit, scikit-learn needs its matrix,
+# and you need the seed.
 #
 # Is it fast?
 # -----------
 #
 # The other way is to store the nonzero entries, row after row, with their columns. This format is
-# called CSR. At 1/1024 it takes 2^22 × (2 + 8) bytes, for which there is room. It multiplies
-# x transposed as a view, or copied first, as in our kernel, inside the timer. All lines are for the
-# density 1/1024. The limit is the time in which a copy moves as many bytes as x has.
+# called CSR. At 1/1024 it takes 2^22 × (2 + 8) bytes, 2 for a value and 8 for its column. We
+# multiply it by a transposed view of x, and by a transposed copy. This copy is timed, as is our
+# kernel's. The limit is the time in which a copy moves as many bytes as x has.
 
 import warnings
 
@@ -329,11 +332,11 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # For one and for four vectors the stored CSR is far ahead: each load of the kernel has room for 64
-# vectors, and most of it stays empty. 16 vectors take it less time than one, because a thread loads
-# eight neighbours at once if their number is a multiple of 16. From there on the kernel is ahead, on
-# an H100, in this comparison: both copy x into transposed order inside the timer. It does not show
-# what happens if your x already lies in that order, so that CSR needs no copy. You also save making
-# the CSR, keeping it and sending it to others: they need a seed.
+# vectors, and most of it stays empty. The kernel takes less time for 16 vectors than for one,
+# because a thread loads eight neighbours at once if the number of vectors is a multiple of 16. From
+# there on the kernel is ahead on an H100. But if your x already lies in transposed order, CSR needs
+# no copy, and the figure does not show that case. Drawing also saves you making the CSR, keeping it
+# and sending it to others, who need only the seed.
 #
 # The two products need room for the transposed copy of x and for sums in float32. The one with the
 # transpose takes longer, because atomics read and write memory where the other product only reads.
@@ -355,8 +358,8 @@ if __name__ == "__main__" and not INTERPRET:
 # As a public function
 # --------------------
 #
-# As in :ref:`sparse johnson-lindenstrauss`, with ``visited_product`` for ``drawn_product``. The
-# density "auto" is new.
+# This is the code of :ref:`sparse johnson-lindenstrauss`, with ``visited_product`` in place of
+# ``drawn_product``. Only the density "auto" is new.
 
 import numbers
 
@@ -434,7 +437,7 @@ def very_sparse_jl_transpose(y, n_features, seed, density="auto"):
 
 
 # %%
-# This is the CPU's time for a small call. The last line is the launch without checks and autograd.
+# What does a call cost the CPU? The last line has no checks and no autograd.
 
 if __name__ == "__main__" and not INTERPRET:
     import timeit
@@ -450,8 +453,7 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{call}: {min(times) * 1e3:.0f} microseconds of the CPU for a call")
 
 # %%
-# ``x @ x.T`` is one call into C++. Ours makes several PyTorch calls around its launch, so small
-# matrices are better stored.
+# ``x @ x.T`` is one call into C++, and ours makes several, so it is better to store small matrices.
 #
 # Exercises
 # ---------
@@ -465,9 +467,9 @@ if __name__ == "__main__" and not INTERPRET:
 # .. note::
 #    Try it first.
 #
-#    1. A call for each feature decides on both, and ``atomic_add`` takes the feature to its
-#       component. No length is lost, so nothing is scaled. The squared length has exactly the
-#       variance of a projection with density 1, by the formula above,
+#    1. A call for each feature chooses its component and its sign, and ``atomic_add`` adds the
+#       feature to that component. On average the squared length stays the same, so nothing is
+#       scaled. Its variance is that of a projection with density 1, by the formula above,
 #       :math:`\frac{2}{k} \left(1 - \sum_j x_j^4 / |x|^4\right)`, though each row has a single
 #       entry.
 #
@@ -504,9 +506,9 @@ if __name__ == "__main__" and not INTERPRET:
 #          assert ((R != 0).sum(0) / 500 - 1 / 20).abs().max() < 5 * math.sqrt(19 / 400 / 500)
 #
 #    2. Drawing every entry takes the same time at any density. The time of visiting grows with the
-#       density, and starts anew for every 64 vectors, where drawing has sums for 256. With few
-#       vectors most lanes of a visit's loads have nothing to do, so expect the best density for the
-#       change to be low for 1 vector, higher for 64, and low again for 1024.
+#       density. It also begins anew for every 64 vectors, while drawing keeps sums for 256. For one
+#       vector most of each load stays empty. So expect the density at which you should change to be
+#       low for 1 vector, higher for 64, and lower again for 1024.
 #
 # References
 # ----------

@@ -22,7 +22,8 @@ def describe(axes):
     ]
     if ends:
         right = max(line.get_xdata()[-1] for line in lines if len(line.get_xdata()))
-        text += f"; at {right:.6g}: {', '.join(ends)}"
+        place = f"{right:,.0f}" if right == int(right) else f"{right:.4g}"
+        text += f"; at {place}: {', '.join(ends)}"
     return text
 
 
