@@ -451,7 +451,6 @@ def benchmark(n_units, line):
 
 if __name__ == "__main__" and not INTERPRET:
     times = benchmark.run(show_plots=True, return_df=True)
-    print(times.round(2).to_string(index=False))
     for n, ours, called, *_, products in times.values:
         print(f"{n:.0f} units: called, the GPU waits {1 - ours / called:.0%} of the time;", end="")
         print(f" captured, {ours / products:.2f} times as long as the products alone")

@@ -24,7 +24,7 @@ Needs: PyTorch, and :ref:`sequence backward`.
 # The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
 # :ref:`fused softmax` explains them.
 
-# sphinx_gallery_thumbnail_path = '_static/tile_addresses.svg'
+# sphinx_gallery_thumbnail_path = '_static/lstm_module.svg'
 import os
 import sys
 from datetime import date
@@ -52,8 +52,8 @@ if __name__ == "__main__":
 # The kernels
 # -----------
 #
-# The kernels and launches are those of :ref:`sequence lstm` and :ref:`sequence backward`, on few lines:
-# skip this cell.
+# The kernels and launches are those of :ref:`sequence lstm` and :ref:`sequence backward`, on few lines.
+# Skip them.
 
 from torch.nn.functional import linear, pad
 
@@ -74,8 +74,7 @@ def wait(arrived_ptr, n_arrivals):
     while tl.atomic_add(arrived_ptr, 0, sem='acquire') < n_arrivals: pass
 @triton.jit(do_not_specialize=['n_steps', 'n_sequences', 'rows', 'first_block'])
 def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, arrived_ptr, rows, first_block, G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
-    state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; c = tl.load(c_ptr + state, mask=exists, other=0.0)
+    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit); state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; c = tl.load(c_ptr + state, mask=exists, other=0.0)
     if c.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
     k = tl.arange(0, K); column = tl.arange(0, 4 * UNITS)[None, :]; owner = tl.program_id(1) * UNITS + column // 4; u_ptr = weight_ptr + ((column % 4).to(tl.int64) * n_units + owner) * n_units + k[:, None]; x_ptr = masked_ptr + sequence * n_units + k[None, :]; arrived_ptr += block
     for t in range(n_steps):
@@ -87,26 +86,22 @@ def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr
                 if G == 1: u = tl.load(u_ptr + first)
                 else: u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
                 product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
-        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2))); i, g = tl.split(even); f, o = tl.split(odd); active = exists & (t < length); i = tl.sigmoid(tl.where(active, i + from_i, 0.0)); f = tl.sigmoid(tl.where(active, f + from_f, 0.0)); g = tanh(tl.where(active, g + from_g, 0.0)); o = tl.sigmoid(tl.where(active, o + from_o, 0.0)); c = tl.where(active, f * c + i * g, 0.0)
-        h = o * tanh(c)
+        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2))); i, g = tl.split(even); f, o = tl.split(odd); active = exists & (t < length); i = tl.sigmoid(tl.where(active, i + from_i, 0.0)); f = tl.sigmoid(tl.where(active, f + from_f, 0.0)); g = tanh(tl.where(active, g + from_g, 0.0)); o = tl.sigmoid(tl.where(active, o + from_o, 0.0)); c = tl.where(active, f * c + i * g, 0.0); h = o * tanh(c)
         for part in tl.static_range(G): kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0); next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane; tl.store(next_ptr + state, kept, mask=exists)
         arrive(arrived_ptr); tl.store(gate, i, mask=exists); tl.store(gate + n_units, f, mask=exists); tl.store(gate + 2 * n_units, g, mask=exists); tl.store(gate + 3 * n_units, o, mask=exists); tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists); tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
 @triton.jit(do_not_specialize=['n_steps', 'n_sequences', 'rows', 'first_block'])
 def sequence_backward_kernel(d_gates_ptr, d_cell_ptr, dh_ptr, dc_ptr, gates_ptr, c_ptr, weight_ptr, lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, arrived_ptr, rows, first_block, G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
-    state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; d_cell = tl.zeros((ROWS, UNITS), c_ptr.dtype.element_ty)
+    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit); state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; d_cell = tl.zeros((ROWS, UNITS), c_ptr.dtype.element_ty)
     if d_cell.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
     width = 4 * n_units // G; k = tl.arange(0, K); u_ptr = weight_ptr + unit.to(tl.int64) * 4 * n_units + k[:, None]; arrived_ptr += block
     for s in range(n_steps):
-        t = n_steps - 1 - s; gate = (t * n_sequences + sequence) * 4 * n_units + unit; after = (t + 1) * plane + state; dh = tl.load(dh_ptr + after, mask=exists, other=0.0); dc = tl.load(dc_ptr + after, mask=exists, other=0.0); i = tl.load(gates_ptr + gate, mask=exists, other=0.0); f = tl.load(gates_ptr + gate + n_units, mask=exists, other=0.0)
-        g = tl.load(gates_ptr + gate + 2 * n_units, mask=exists, other=0.0); o = tl.load(gates_ptr + gate + 3 * n_units, mask=exists, other=0.0); c_before = tl.load(c_ptr + after - plane, mask=exists, other=0.0); c_after = tl.load(c_ptr + after, mask=exists, other=0.0); wait(arrived_ptr, s * tl.num_programs(1)); d_ptr = d_gates_ptr + ((t + 1) * n_sequences + sequence) * 4 * n_units + k[None, :]
-        from_next = tl.zeros((ROWS, UNITS), d_cell.dtype)
+        t = n_steps - 1 - s; gate = (t * n_sequences + sequence) * 4 * n_units + unit; after = (t + 1) * plane + state; dh = tl.load(dh_ptr + after, mask=exists, other=0.0); dc = tl.load(dc_ptr + after, mask=exists, other=0.0); i = tl.load(gates_ptr + gate, mask=exists, other=0.0); f = tl.load(gates_ptr + gate + n_units, mask=exists, other=0.0); g = tl.load(gates_ptr + gate + 2 * n_units, mask=exists, other=0.0); o = tl.load(gates_ptr + gate + 3 * n_units, mask=exists, other=0.0); c_before = tl.load(c_ptr + after - plane, mask=exists, other=0.0); c_after = tl.load(c_ptr + after, mask=exists, other=0.0); wait(arrived_ptr, s * tl.num_programs(1))
+        d_ptr = d_gates_ptr + ((t + 1) * n_sequences + sequence) * 4 * n_units + k[None, :]; from_next = tl.zeros((ROWS, UNITS), d_cell.dtype)
         for part in tl.static_range(G):
             product = tl.zeros((ROWS, UNITS), d_cell.dtype)
             for first in range(part * width, (part + 1) * width, K): d = tl.load(d_ptr + first, mask=exists, other=0.0, cache_modifier='.cg'); u = tl.load(u_ptr + first); product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
             kept = words[part].to(tl.int64) >= threshold; from_next += tl.where(kept, product * scale, 0.0)
-        active = exists & (t < length); i, f, g, o = (i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype)); tanh_c = tanh(c_after); dh = tl.where(active, dh + from_next, 0.0); d_cell = tl.where(active, d_cell + dc + dh * o * (1 - tanh_c * tanh_c), 0.0); d_gate = d_gates_ptr + gate; tl.store(d_gate, d_cell * g * i * (1 - i), mask=exists)
-        tl.store(d_gate + n_units, d_cell * c_before * f * (1 - f), mask=exists); tl.store(d_gate + 2 * n_units, d_cell * i * (1 - g * g), mask=exists); tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=exists); arrive(arrived_ptr); d_cell *= f
+        active = exists & (t < length); i, f, g, o = (i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype)); tanh_c = tanh(c_after); dh = tl.where(active, dh + from_next, 0.0); d_cell = tl.where(active, d_cell + dc + dh * o * (1 - tanh_c * tanh_c), 0.0); d_gate = d_gates_ptr + gate; tl.store(d_gate, d_cell * g * i * (1 - i), mask=exists); tl.store(d_gate + n_units, d_cell * c_before * f * (1 - f), mask=exists); tl.store(d_gate + 2 * n_units, d_cell * i * (1 - g * g), mask=exists); tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=exists); arrive(arrived_ptr); d_cell *= f
     tl.store(d_cell_ptr + state, d_cell, mask=exists)
 BLOCK = 128; TILES = ((16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)); BACKWARD_TILES = ((16, 2, 32, 4, 4), (64, 1, 16, 4, 4), (32, 2, 32, 4, 4), (64, 1, 32, 8, 4), (64, 1, 64, 8, 3))
 def threshold_and_scale(p): return (round(p * 2 ** 32), 1 / (1 - p) if p < 1 else 0.0)
@@ -129,110 +124,67 @@ def blocks_for(tiles, n_sequences, n_units, device):
 def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
     if n_steps == 0 or n_sequences == 0: return
-    tile, units, row_blocks, at_once, options = blocks_for(tiles, n_sequences, n_units, h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())); tf32 = h.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
-    widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
+    tile, units, row_blocks, at_once, options = blocks_for(tiles, n_sequences, n_units, h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())); tf32 = h.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device); widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once): kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, 'tf32' if tf32 else 'ieee', **options)
     if widen: torch._foreach_copy_(tensors, work)
 def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]:
-    n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0; h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
-    masked = h.new_empty(2, G, n_sequences, n_units); masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]; tensors = (gates, h, c, masked, weight.contiguous(), lengths); launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early); return (h, c, gates)
+    n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0; h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0)); masked = h.new_empty(2, G, n_sequences, n_units); masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]; tensors = (gates, h, c, masked, weight.contiguous(), lengths); launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early); return (h, c, gates)
 def launch_sequence_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, lengths: Tensor, n_real: int, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_steps, n_sequences, _, n_units = gates.shape; G, U = (len(weight), weight.reshape(4 * n_units, n_units)); d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units); d_gates[n_steps] = 0; d_cell = torch.zeros_like(c[0]); gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous()); tensors = (*gradients, gates, c, U.T.contiguous(), lengths); tiles = BACKWARD_TILES
-    launch_all_steps(sequence_backward_kernel, tiles, h, p, seed, G, *tensors, early=early); by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G); masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2); d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked); d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight)
-    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]; dc0 = d_cell + dc[0]; return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
+    n_steps, n_sequences, _, n_units = gates.shape; G, U = (len(weight), weight.reshape(4 * n_units, n_units)); d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units); d_gates[n_steps] = 0; d_cell = torch.zeros_like(c[0]); gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous()); tensors = (*gradients, gates, c, U.T.contiguous(), lengths); tiles = BACKWARD_TILES; launch_all_steps(sequence_backward_kernel, tiles, h, p, seed, G, *tensors, early=early); by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G); masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2); d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked)
+    d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight); dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]; dc0 = d_cell + dc[0]; return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
+lstm_sequence_op = torch.library.custom_op('fast_and_right::lstm_sequence', launch_sequence, mutates_args=()); lstm_sequence_backward_op = torch.library.custom_op('fast_and_right::lstm_sequence_backward', launch_sequence_backward, mutates_args=())
+@lstm_sequence_op.register_fake
+def _(from_input, weight, h0, c0, lengths, p, seed, early=0): n_steps, n_sequences, _, n_units = from_input.shape; h = from_input.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); return (h, c, from_input.new_empty(from_input.shape))
+@lstm_sequence_backward_op.register_fake
+def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0): states = (h[0, :, :n_real], c[0, :, :n_real]); return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
+class LSTMSequenceBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed): compiling = torch.compiler.is_compiling(); run = lstm_sequence_backward_op if compiling else launch_sequence_backward; return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    @staticmethod
+    def backward(ctx, *gradients): raise RuntimeError('LSTM has no second derivatives')
+class LSTMSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(from_input, weight, h0, c0, lengths, p, seed): run = lstm_sequence_op if torch.compiler.is_compiling() else launch_sequence; return run(from_input, weight, h0, c0, lengths, p, seed)
+    @staticmethod
+    def setup_context(ctx, inputs, output): _, weight, h0, _, lengths, ctx.p, seed = inputs; h, c, gates = output; ctx.n_real = h0.shape[1]; ctx.mark_non_differentiable(gates); ctx.save_for_backward(gates, weight, h, c, lengths, seed)
+    @staticmethod
+    def backward(ctx, dh, dc, _): *saved, seed = ctx.saved_tensors; arguments = (dh, dc, *saved, ctx.n_real, ctx.p, seed); return (*LSTMSequenceBackward.apply(*arguments), None, None, None)
 # fmt: on
 
 # %%
 # What a module needs
 # -------------------
 #
-# **Seeds.** Each call in training draws two, on the GPU, with PyTorch's own generator. So
-# ``torch.manual_seed`` governs them, ``checkpoint`` replays them, and the CPU never waits for them.
+# The launches do the steps. Around them a module draws seeds, masks the inputs, multiplies them with
+# W, and makes the results look like those of ``torch.nn.LSTM``:
 #
-# **Lengths.** In a padded batch each sequence ends at a step of its own. The kernels know the
-# lengths. What stands in the padding must not count, not even if it is NaN, so the module sets it
-# to 0. A packed sequence is padded first, and packed again.
+# .. image:: /_static/lstm_module.svg
+#    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. One seed enters the dropout, another the steps. Lengths enter the steps.
 #
-# **Units that fill up.** The kernels take multiples of 128 units. The module pads the weights with zeros,
-# and cuts the results. A unit whose weights and bias are 0 stays at h = 0 all the time.
-#
-# **Precision.** All products run in the weights' dtype, or that of autocast, and float32 follows
-# PyTorch's setting for TF32. c is float32 at least.
+# - **Seeds.** Each call in training draws two, with PyTorch's own generator, on the GPU. So
+#   ``torch.manual_seed`` governs them, ``checkpoint`` replays them, and the CPU never waits.
+# - **Lengths.** In a padded batch each sequence has its own end, which the kernels know. What stands
+#   behind it must not count, even if it is NaN. A packed sequence is padded, and packed again.
+# - **Units that fill up.** The kernels take multiples of 128 units. The module fills the weights up
+#   with zeros, and cuts the results. A unit whose weights and bias are 0 stays at 0.
 #
 # As a public function
 # --------------------
 #
-# A ``Function`` gives the launches to autograd, and an operator each gives them to ``torch.compile``; see
-# :ref:`operators`. Gradients of gradients and forward mode are errors.
+# The module takes its parameters and results from ``torch.nn.LSTM``, so that a state dict goes from
+# one to the other, and the rates from Keras.
 
 import gc
 import numbers
 
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-gate_dropout_op, lstm_sequence_op, lstm_sequence_backward_op = (
-    torch.library.custom_op(f"fast_and_right::{name}", launch, mutates_args=())
-    for name, launch in [
-        ("gate_dropout", launch_gate_dropout), ("lstm_sequence", launch_sequence),
-        ("lstm_sequence_backward", launch_sequence_backward),
-    ]
-)  # fmt: skip
+gate_dropout_op = torch.library.custom_op(
+    "fast_and_right::gate_dropout", launch_gate_dropout, mutates_args=()
+)
 gate_dropout_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
-
-
-@lstm_sequence_op.register_fake
-def _(from_input, weight, h0, c0, lengths, p, seed, early=0):
-    n_steps, n_sequences, _, n_units = from_input.shape
-    h = from_input.new_empty(n_steps + 1, n_sequences, n_units)
-    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    return h, c, from_input.new_empty(from_input.shape)
-
-
-@lstm_sequence_backward_op.register_fake
-def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0):
-    states = h[0, :, :n_real], c[0, :, :n_real]
-    return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
-
-
-class LSTMSequenceBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
-        compiling = torch.compiler.is_compiling()
-        run = lstm_sequence_backward_op if compiling else launch_sequence_backward
-        return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
-
-    setup_context = staticmethod(lambda ctx, inputs, output: None)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError("LSTM has no second derivatives")
-
-
-class LSTMSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(from_input, weight, h0, c0, lengths, p, seed):
-        run = lstm_sequence_op if torch.compiler.is_compiling() else launch_sequence
-        return run(from_input, weight, h0, c0, lengths, p, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, weight, h0, _, lengths, ctx.p, seed = inputs
-        h, c, gates = output
-        ctx.n_real = h0.shape[1]
-        ctx.mark_non_differentiable(gates)
-        ctx.save_for_backward(gates, weight, h, c, lengths, seed)
-
-    @staticmethod
-    def backward(ctx, dh, dc, _):
-        *saved, seed = ctx.saved_tensors
-        arguments = dh, dc, *saved, ctx.n_real, ctx.p, seed
-        return *LSTMSequenceBackward.apply(*arguments), None, None, None
-
-
-# %%
-# The module takes its parameters and results from ``torch.nn.LSTM``, so that a state dict goes from
-# one to the other, and the rates from Keras.
 
 
 class LSTM(torch.nn.Module):
@@ -269,10 +221,10 @@ class LSTM(torch.nn.Module):
     def forward(self, input, hx=None, lengths=None):
         """All outputs, and the state (h_n, c_n) at each sequence's end.
 
-        ``input`` is a tensor, (time, batch, input_size), or a PackedSequence, of the weights'
-        dtype. ``hx`` is the first h and c, each (1, batch, hidden_size), or None for zeros.
-        ``lengths`` are those of the sequences of a padded batch, on the CPU; the output after
-        an end is 0. The backward pass reads the outputs: don't change them in place.
+        ``input`` is a tensor, (time, batch, input_size), or a PackedSequence; ``hx`` the first
+        h and c, (1, batch, hidden_size), or None for zeros; ``lengths``, on the CPU, those of
+        the sequences of a padded batch, whose output after the end is 0. The backward pass
+        reads the outputs: don't change them in place.
         """
         packed = isinstance(input, PackedSequence)
         if packed and lengths is not None:
@@ -308,8 +260,7 @@ class LSTM(torch.nn.Module):
     def states(self, x, hx, lengths):
         # h and c before the first step and after each: (time + 1, batch, hidden_size)
         n_steps, n_sequences, _ = x.shape
-        got = x.device.type
-        if got != DEVICE:
+        if (got := x.device.type) != DEVICE:
             raise ValueError(f"input must be on device type {DEVICE!r}, got {got!r}")
         autocast, wanted = torch.is_autocast_enabled(DEVICE), self.weight_hh_l0.dtype
         if not autocast and wanted != x.dtype:
@@ -320,8 +271,7 @@ class LSTM(torch.nn.Module):
         if not pair or not all(isinstance(part, torch.Tensor) for part in hx):
             raise TypeError("hx must be None or a pair of tensors")
         for part in hx:
-            if part.shape != shape:
-                got = tuple(part.shape)
+            if (got := tuple(part.shape)) != shape:
                 raise ValueError(f"hx must be two tensors of shape {shape}, got {got}")
             if part.device != x.device:
                 raise ValueError(f"hx must be on {x.device}, as input, got {part.device}")
@@ -333,8 +283,8 @@ class LSTM(torch.nn.Module):
             if lengths.device.type != "cpu" or lengths.shape != (n_sequences,):
                 got = f"shape {tuple(lengths.shape)} on {lengths.device}"
                 raise ValueError(f"lengths must be {n_sequences} on the CPU, got {got}")
-            if n_sequences > 0 and not 0 <= lengths.min() <= lengths.max() <= n_steps:
-                got = lengths.tolist()
+            got = lengths.tolist()
+            if got and not 0 <= min(got) <= max(got) <= n_steps:
                 raise ValueError(f"lengths must be from 0 to {n_steps}, got {got}")
             lengths = lengths.to(x.device)
             steps = torch.arange(n_steps, device=x.device)[:, None, None]
@@ -391,8 +341,7 @@ if __name__ == "__main__":
     output, (h_n, _) = lstm(x, lengths=[5, 0, 2])
     for b, length in enumerate([5, 0, 2]):
         alone, (h_alone, _) = lstm(x[:length, b : b + 1])
-        torch.testing.assert_close(output[:length, b : b + 1], alone)
-        torch.testing.assert_close(h_n[:, b : b + 1], h_alone)
+        torch.testing.assert_close((output[:length, b : b + 1], h_n[:, b : b + 1]), (alone, h_alone))
     print("as torch.nn.LSTM, and as each sequence alone")
 
 # %%
@@ -402,9 +351,9 @@ if __name__ == "__main__":
 # ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module, which
 # then takes inputs of the captured shape only. Each replay overwrites the output of the one before.
 #
-# A replay has the same arguments as the captured launches. If the seed were an argument, each replay
-# would draw the same masks. But our kernels *load* the seed from memory, the launch that draws a new
-# one is part of the graph, and PyTorch moves its generator on with every replay. So the masks change:
+# A replay has the arguments of the captured launches. If the seed were one, each replay would draw
+# the same masks. But our kernels *load* it from memory. The launch that draws a new one is part of
+# the graph, and PyTorch moves its generator on with every replay:
 
 if __name__ == "__main__" and not INTERPRET:
     graphed = LSTM(4, 7, recurrent_dropout=0.3).to(DEVICE)
@@ -420,28 +369,23 @@ if __name__ == "__main__" and not INTERPRET:
 # How fast is it?
 # ---------------
 #
-# The size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, about 1150 units; and long
-# sequences, 1024 steps with a batch of 16. We time forward and backward together, of implementation 2.
-# cuDNN's LSTM drops nothing of its state. Both are captured in the same way (solid), and also called
-# as usual (dotted). The limit is the matrix products alone, captured, launched step by step. In
-# float32 all use TF32.
+# Take the size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, about 1150 units; and long
+# sequences: 1024 steps, batch 16. We time forward and backward together, of implementation 2. cuDNN's
+# LSTM drops nothing of its state. Both are captured in the same way (solid), and also called as usual
+# (dotted). Dashed are the matrix products alone, step by step, captured. float32 uses TF32.
 
 
 def products_of(n_units, like, n_steps, batch):  # of a forward and a backward pass
     H, n = n_units + -n_units % 8, n_steps * batch
     sizes = (n, 400), (n, H), (n, 4 * H), (4 * H, 400), (4 * H, H)
     x, h, d, W, U = (torch.randn(size, **like) for size in sizes)
-
-    def run():
-        steps = [(linear(h[:batch], U), d[:batch] @ U) for _ in range(n_steps)]
-        return linear(x, W), steps[-1], d.T @ h, d.T @ x, d @ W
-
-    run()
-    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+    for context in (torch.no_grad(), torch.cuda.graph(graph)):  # warm up, and capture
+        with context:
+            for _ in range(n_steps):
+                last = linear(h[:batch], U), d[:batch] @ U
+            results = last, linear(x, W), d.T @ h, d.T @ x, d @ W
+    return lambda: (graph.replay(), results)
 
 
 STYLES = ("#d55e00", "-"), ("#d55e00", ":"), ("#0072b2", "-"), ("#0072b2", ":"), ("#555555", "--")
@@ -462,42 +406,39 @@ SIZES = (70, 80, "float32"), (70, 80, "bfloat16"), (1024, 16, "bfloat16")
 ])  # fmt: skip
 def benchmark(line, n_units, n_steps, batch, dtype, implementation=2):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    like, rates = {"device": DEVICE, "dtype": dtype}, {"dropout": 0.3, "recurrent_dropout": 0.3}
-    module = torch.nn.LSTM(400, n_units)
-    if "dropout" in line:
-        module = LSTM(400, n_units, **rates, implementation=implementation)
-    module.to(**like)
+    like = {"device": DEVICE, "dtype": dtype}
+    ours = LSTM(400, n_units, dropout=0.3, recurrent_dropout=0.3, implementation=implementation)
+    module = (ours if "dropout" in line else torch.nn.LSTM(400, n_units)).to(**like)
     x = torch.randn(n_steps, batch, 400, **like, requires_grad=True)
+    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
     if "captured" in line:
-        gc.collect()
         torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
     inputs, gradient = [x, *module.parameters()], torch.randn_like(module(x)[0])
-    run = lambda: torch.autograd.grad(module(x)[0], inputs, gradient)  # noqa: E731
-    run = products_of(n_units, like, n_steps, batch) if "products" in line else run
-    return triton.testing.do_bench(run, return_mode="median")
+    products = products_of(n_units, like, n_steps, batch) if "products" in line else None
+    train = lambda: torch.autograd.grad(module(x)[0], inputs, gradient)  # noqa: E731
+    return triton.testing.do_bench(products or train, return_mode="median")
 
 
 if __name__ == "__main__" and not INTERPRET:
     results = benchmark.run(show_plots=True, return_df=True)
     for size, times in zip(SIZES, results, strict=True):
-        print(*size, "our time as a multiple of\nunits  cuDNN's  cuDNN's, called  the products'")
-        for n, ours, called, cudnn, cudnn_called, products in times.values:
-            ratios = ours / cudnn, called / cudnn_called, ours / products
-            print("{:5.0f} {:8.2f} {:16.2f} {:14.2f}".format(n, *ratios))
+        ours, called, *others = times.values.T[1:]
+        for name, other, our in zip(LINES[2:], others, (ours, called, ours), strict=True):
+            low, high = min(our / other), max(our / other)
+            print(*size, f"ours takes {low:.2f} to {high:.2f} times as long as: {name}", sep=", ")
     one, two = (benchmark.fn(LINES[0], 1152, *SIZES[0][:2], torch.bfloat16, i) for i in (1, 2))
     print(f"implementation 1 takes {one / two:.2f} times as long as 2, at 1152 units")
 
 # %%
-# A number below 1 means that ours is faster, with recurrent dropout, than cuDNN without. Compare
-# the captured ones first: there the GPU alone decides. Called as usual, both launch only once for a
-# sequence and direction, and what else a call costs the CPU counts with few units. At 1150 units
-# cuDNN is slow, as far as this run shows; compare 1152, which ours fills up to anyway.
+# Below 1, ours with recurrent dropout is faster than the other without. Captured, the GPU alone
+# decides. Called, the CPU counts as well: both launch once for a sequence and direction, but a call has
+# more to do than that. At 1150 units cuDNN is slow, as far as this run shows; compare 1152, to which
+# ours fills up. Ours can even take less time than the products alone, since one launch for all steps
+# also saves what a launch for each product costs.
 #
-# The products are launched step by step, so a persistent kernel can even be faster than its "limit":
-# it saves the launches between them. Implementation 1 multiplies each gate's columns with each of four
-# masked states, and that is four times the arithmetic. Other authors have published figures for kernels of
-# this kind with plain CUDA, without recurrent dropout. FlashRNN's own figure, published and not measured here,
-# has cuDNN ahead of it at a width of 768.
+# Implementation 1 multiplies each of four masked states with the columns of all gates, of which it
+# needs a quarter. FlashRNN is a persistent LSTM in CUDA without recurrent dropout; its
+# authors' figure, published and not measured here, has cuDNN ahead at 768 units.
 #
 # Exercises
 # ---------

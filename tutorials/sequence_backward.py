@@ -24,7 +24,7 @@ Needs: PyTorch, and :ref:`sequence lstm`.
 # The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
 # :ref:`fused softmax` explains them.
 
-# sphinx_gallery_thumbnail_path = '_static/tile_addresses.svg'
+# sphinx_gallery_thumbnail_path = '_static/sequence_backward.svg'
 import os
 import sys
 from datetime import date
@@ -57,6 +57,7 @@ from torch.nn.functional import linear, pad
 
 # fmt: off
 # ruff: noqa: E701, E702
+Tensor = torch.Tensor
 @triton.jit
 def tanh(x):
     e = tl.exp(-2 * tl.abs(x)); far = (1 - e) / (1 + e); s = x * x; series = -929569 / 638512875 + s * (6404582 / 10854718875)
@@ -129,7 +130,7 @@ def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
         for first in range(0, row_blocks, at_once):
             kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, 'tf32' if tf32 else 'ieee', **options)
     if widen: torch._foreach_copy_(tensors, work)
-def launch_sequence(from_input, weight, h0, c0, lengths, p, seed, early=0):
+def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]:
     n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0
     h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
     h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0)); masked = h.new_empty(2, G, n_sequences, n_units)
@@ -266,7 +267,10 @@ def sequence_backward_kernel(
 BACKWARD_TILES = (16, 2, 32, 4, 4), (64, 1, 16, 4, 4), (32, 2, 32, 4, 4), (64, 1, 32, 8, 4), (64, 1, 64, 8, 3)
 
 
-def launch_sequence_backward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0):
+def launch_sequence_backward(
+    dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor,
+    lengths: Tensor, n_real: int, p: float, seed: Tensor, early: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of ``from_input``, ``weight``, ``h0`` and ``c0``."""
     n_steps, n_sequences, _, n_units = gates.shape
     G, U = len(weight), weight.reshape(4 * n_units, n_units)
@@ -358,7 +362,6 @@ def benchmark(n_units, line):
 
 if __name__ == "__main__" and not INTERPRET:
     times = benchmark.run(show_plots=True, return_df=True)
-    print(times.round(1).to_string(index=False))
     for n, backward, _, forward, products in times.values:
         print(f"{n:.0f} units: {backward / forward:.2f} times the forward pass,", end="")
         print(f" {backward / products:.2f} times the products alone")
@@ -373,8 +376,71 @@ if __name__ == "__main__" and not INTERPRET:
 # :math:`\delta`. That is what persistent kernels in CUDA do (see the references); in Triton,
 # what a loop loads again is loaded again.
 #
-# :ref:`lstm module` gives both passes to autograd, and compares the whole with cuDNN's LSTM.
+# As a public function
+# --------------------
 #
+# A ``Function`` gives both launches to autograd, and operators give them to ``torch.compile``; see
+# :ref:`operators`. Gradients of gradients and forward mode are errors. :ref:`lstm module` makes a module
+# of it, with checks of its arguments, and compares that with cuDNN's LSTM.
+
+lstm_sequence_op = torch.library.custom_op(
+    "fast_and_right::lstm_sequence", launch_sequence, mutates_args=()
+)
+lstm_sequence_backward_op = torch.library.custom_op(
+    "fast_and_right::lstm_sequence_backward", launch_sequence_backward, mutates_args=()
+)
+
+
+@lstm_sequence_op.register_fake
+def _(from_input, weight, h0, c0, lengths, p, seed, early=0):
+    n_steps, n_sequences, _, n_units = from_input.shape
+    h = from_input.new_empty(n_steps + 1, n_sequences, n_units)
+    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
+    return h, c, from_input.new_empty(from_input.shape)
+
+
+@lstm_sequence_backward_op.register_fake
+def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0):
+    states = h[0, :, :n_real], c[0, :, :n_real]
+    return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
+
+
+class LSTMSequenceBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
+        compiling = torch.compiler.is_compiling()
+        run = lstm_sequence_backward_op if compiling else launch_sequence_backward
+        return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
+
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise RuntimeError("LSTM has no second derivatives")
+
+
+class LSTMSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(from_input, weight, h0, c0, lengths, p, seed):
+        run = lstm_sequence_op if torch.compiler.is_compiling() else launch_sequence
+        return run(from_input, weight, h0, c0, lengths, p, seed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, weight, h0, _, lengths, ctx.p, seed = inputs
+        h, c, gates = output
+        ctx.n_real = h0.shape[1]
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(gates, weight, h, c, lengths, seed)
+
+    @staticmethod
+    def backward(ctx, dh, dc, _):
+        *saved, seed = ctx.saved_tensors
+        arguments = dh, dc, *saved, ctx.n_real, ctx.p, seed
+        return *LSTMSequenceBackward.apply(*arguments), None, None, None
+
+
+# %%
 # Exercises
 # ---------
 #

@@ -24,7 +24,7 @@ Needs: PyTorch, :ref:`fused lstm`, and :ref:`softmax slices`.
 # The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
 # :ref:`fused softmax` explains them.
 
-# sphinx_gallery_thumbnail_path = '_static/tile_addresses.svg'
+# sphinx_gallery_thumbnail_path = '_static/lstm_sequence.svg'
 import os
 import sys
 from datetime import date
@@ -376,7 +376,6 @@ def benchmark(n_units, line):
 
 if __name__ == "__main__" and not INTERPRET:
     times = benchmark.run(show_plots=True, return_df=True)
-    print(times.round(1).to_string(index=False))
     for n, _, busy, *_ in times.values:
         tile, units, row_blocks, *_ = blocks_for(TILES, 80, int(n), DEVICE)
         n_bytes = row_blocks * (n // units) * (80 / row_blocks + 4 * units) * n * 2
