@@ -606,22 +606,22 @@ def test_many_units(randn, implementation):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", [1, 2])
-def test_a_recorded_module(randn, implementation):
-    recorded, lstm = (
+def test_a_captured_module(randn, implementation):
+    captured, lstm = (
         make(implementation=implementation, dtype=torch.float32) for _ in range(2)
     )
     x = randn(4, 3, F).requires_grad_()
-    torch.cuda.make_graphed_callables(recorded, (torch.randn_like(x).requires_grad_(),))
+    torch.cuda.make_graphed_callables(captured, (torch.randn_like(x).requires_grad_(),))
     results = []
-    for module in (recorded, lstm):
+    for module in (captured, lstm):
         # the generator moves on as PyTorch's own operators do in a graph
         y = module(x)[0]
         results.append(torch.autograd.grad(y.sum(), [x, *module.parameters()]))
     torch.manual_seed(1)
-    first = recorded(x)[0].clone()
-    assert not torch.equal(recorded(x)[0], first)
+    first = captured(x)[0].clone()
+    assert not torch.equal(captured(x)[0], first)
     torch.manual_seed(1)
-    assert torch.equal(recorded(x)[0], first)
+    assert torch.equal(captured(x)[0], first)
     torch.manual_seed(1)
     torch.testing.assert_close(lstm(x)[0], first)
 
@@ -721,6 +721,19 @@ REPEATED = [
 )
 def test_a_function_on_few_lines_is_the_one_of_its_lesson(lesson, first, name):
     assert function(lesson, name) == function(first, name)
+
+
+@pytest.mark.parametrize("name", ["LSTMSequence", "LSTMSequenceBackward"])
+def test_the_gradient_is_that_of_the_lesson_before(name):
+    trees = (
+        ast.parse((TUTORIALS / f"{lesson}.py").read_text())
+        for lesson in ("sequence_backward", "lstm_module")
+    )
+    first, again = (
+        [ast.unparse(node) for node in tree.body if getattr(node, "name", "") == name]
+        for tree in trees
+    )
+    assert first == again and len(first) == 1
 
 
 @pytest.mark.parametrize("lesson", ["sequence_backward", "lstm_module"])

@@ -5,6 +5,7 @@ from fused_lstm import launch_steps_backward
 from sequence_backward import (
     BACKWARD_TILES,
     DEVICE,
+    LSTMSequence,
     blocks_for,
     launch_sequence,
     launch_sequence_backward,
@@ -86,6 +87,20 @@ def test_gradients_of_any_layout(randn):
     one = dh.new_ones(1, 1, 1).expand(4, 4, UNITS)
     expected = gradients(given, one.contiguous(), dc)
     torch.testing.assert_close(gradients(given, one, dc), expected)
+
+
+@pytest.mark.parametrize("G", [1, 4])
+def test_autograd_runs_the_backward_launch(randn, G):
+    *tensors, lengths, p, seed = arguments(randn, 4, 17, G=G)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    h, c, gates = LSTMSequence.apply(*tensors, lengths, p, seed)
+    assert not gates.requires_grad
+    dh, dc = torch.randn_like(h), torch.randn_like(c)
+    got = torch.autograd.grad((h, c), tensors, (dh, dc), create_graph=True)
+    expected = gradients((*(t.detach() for t in tensors), lengths, p, seed), dh, dc)
+    torch.testing.assert_close(got, expected)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.autograd.grad(got[0].sum(), tensors)
 
 
 @pytest.mark.parametrize("n_units", [128, 384, 1024, 1152, 2048, 8448])

@@ -355,13 +355,46 @@ def compare_with_loop(lesson, G, masks):
     torch.testing.assert_close(d_gates.sum((0, 1)).flatten(), wanted[1])
 
 
-def test_without_units_that_stay_zero(changed):
-    lesson = changed("captured_lstm", 1, "Is it right?")
-    x = torch.randn(5, 3, 4, device=DEVICE, dtype=torch.float64)
-    reference = torch.nn.LSTM(4, 7).to(x)
-    lstm = lesson.LSTM(4, 7).to(x)
-    lstm.load_state_dict(reference.state_dict())
-    torch.testing.assert_close(lstm(x), reference(x))
+@pytest.mark.parametrize("G", [1, 4])
+def test_zoneout_in_one_launch(changed, G):
+    """With rate 0.4, for h and c apart, anew at each step; ends of sequences as before."""
+    lesson = changed("sequence_lstm", 1, "Is it right?")
+    T, B, H = 5, 19, 16 if DEVICE == "cpu" else 128
+    like = {"device": DEVICE, "dtype": torch.float64}
+    torch.manual_seed(0)
+    x, weight = torch.randn(T, B, 4, H, **like), torch.randn(G, 4 * H // G, H, **like)
+    h, c = torch.randn(2, B, H, **like)
+    ends = torch.arange(B, device=DEVICE) % (T + 1)
+    seed = torch.tensor([9], device=DEVICE)
+    got, cells, _ = lesson.launch_sequence(x, weight, h, c, ends, 0.4, seed)
+
+    rows = torch.ones(4, 1, (T + 1) * B, H, **like)
+    kept = lesson.launch_gate_dropout(rows, 0.4, seed).view(4, T + 1, B, H) == 0
+    for t, step in enumerate(x):
+        gates = step + torch.cat([h @ part.T for part in weight], dim=1).view(B, 4, H)
+        i, f, g, o = gates.unbind(1)
+        new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        new_h = o.sigmoid() * new_c.tanh()
+        c = torch.where(kept[0, t + 1], c, new_c)
+        h = torch.where(kept[1, t + 1], h, new_h)
+        running = (t < ends)[:, None]
+        h, c = h * running, c * running
+        torch.testing.assert_close((got[t + 1], cells[t + 1]), (h, c))
+
+
+def test_both_directions(solve):
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+    solution = solve("lstm_module", 1)
+    x, lengths = torch.randn(5, 3, 4, device=DEVICE, dtype=torch.float64), [5, 3, 2]
+    reference = torch.nn.LSTM(4, 7, bidirectional=True).to(x)
+    both = [solution.LSTM(4, 7).to(x) for _ in range(2)]
+    for lstm, suffix in zip(both, ("", "_reverse"), strict=True):
+        for name, parameter in lstm.named_parameters():
+            parameter.data.copy_(getattr(reference, name + suffix))
+    got = solution.both_directions(*both, x, lengths)
+    expected, _ = pad_packed_sequence(reference(pack_padded_sequence(x, lengths))[0])
+    torch.testing.assert_close(got, expected)
 
 
 @pytest.mark.parametrize("G", [1, 4])
