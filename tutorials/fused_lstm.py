@@ -115,16 +115,14 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # One kernel for a step
 # ---------------------
 #
-# A step works on five buffers. The product adds to the gates' arguments, and the kernel reads them
-# and the cell, and writes the rest:
+# This is what the kernel of a step reads and writes:
 #
 # .. image:: /_static/lstm_buffers.svg
 #    :alt: Step t reads row t of c and the gates' arguments. It writes row t + 1 of h and c, the gates' values in the place of their arguments, and the masked state, which the product with U adds to the arguments of step t + 1.
 #
 # Each program takes one sequence and a block of units. It reads what the product left, applies the
-# gates, and writes c, h and the *masked* h, once for each mask, ready for the next product. It
-# also leaves the gates' values where it found their arguments, because the backward pass needs
-# them.
+# gates, and writes c, h and, for the next product, the *masked* h, once for each mask. It also leaves
+# the gates' values where it found their arguments, because the backward pass needs them.
 #
 # The mask is drawn, not read: **the state of unit u in sequence b is kept for gate k when word k
 # of Philox, with the seed as key and the counter b · 2³² + u, is at least p · 2³², rounded.** Four
@@ -193,10 +191,9 @@ def step_kernel(
 
 
 # %%
-# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. No other
-# line has to know about lengths. c is float32 even when all else is bfloat16, because it sums over
-# all steps. (The hyperbolic tangent is written out, because Triton's interpreter has none. Made from
-# a sigmoid it would be short, but near 0 it would lose all its digits.)
+# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. c is float32
+# even when all else is bfloat16, because it sums over all steps. (The hyperbolic tangent is written
+# out, because Triton's interpreter has none. Made from a sigmoid it would lose its digits near 0.)
 #
 # The backward pass of a step
 # ---------------------------
@@ -258,9 +255,8 @@ def step_backward_kernel(
 # -------------------------------
 #
 # Outside the loop the masks are needed, too: for the inputs before the first product, for the first
-# state, and for all states in the gradient of U. One small kernel multiplies (G, T, B,
-# units) by a mask (G, 1, B, units), and since that is linear, it is its own backward pass. G
-# copies of one tensor come as an ``expand``, with a stride of 0, and are read from where they are.
+# state, and for all states in the gradient of U. One small kernel multiplies (G, T, B, units) by a
+# mask (G, 1, B, units). G copies of one tensor come as an ``expand``, with a stride of 0.
 
 
 @triton.jit
@@ -332,8 +328,8 @@ def launch_steps(from_input, weight, h0, c0, lengths, p, seed):
 
 
 # %%
-# Back through the steps. After the loop, the gradient of U is one product over all steps at once,
-# and the masked states it needs are drawn again rather than kept.
+# Back through the steps. The gradient of U is one product over all steps, after the loop. The masked
+# states for it are not kept, but masked again.
 
 
 def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, p, seed):
@@ -363,10 +359,9 @@ def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, p, seed):
 # Is it right?
 # ------------
 #
-# Give the loop and the launches the same masks, and compare everything in float64: outputs, and the
-# gradients of the gates' arguments, of U and of the first state. The masks are what
-# ``launch_gate_dropout`` makes of ones. With the identity in the place of W, the gradient of the
-# loop's input is that of the gates' arguments.
+# Give the plain loop the same masks, which are what ``launch_gate_dropout`` makes of ones, and compare
+# outputs and gradients in float64. With the identity in the place of W, the gradient of the loop's
+# input is that of the gates' arguments.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -401,7 +396,7 @@ if __name__ == "__main__":
 # -----------------
 #
 # Every launch costs the CPU time, whatever the GPU has to do. If the GPU finishes a step before
-# the CPU has launched the next, it waits. For how long? A *CUDA graph* tells: you *capture* the
+# the CPU has launched the next, it waits. A *CUDA graph* shows for how long: you *capture* the
 # launches once, and one call then replays all of them without Python. We time the forward pass of
 # 70 steps, batch 80, 400 inputs. The limit is the matrix products alone.
 
@@ -456,10 +451,9 @@ if __name__ == "__main__" and not INTERPRET:
         print(f" captured, {ours / products:.2f} times as long as the products alone")
 
 # %%
-# Called from Python, both loops take about as long with few units as with many: that is the CPU's
-# time. Fewer launches a step have made the loop faster, but Python still sets the pace, and the GPU
-# waits for most of the time. A graph is one way out, though it takes inputs of one shape only. The
-# other is to launch once for all steps: :ref:`sequence lstm`.
+# Where a dotted line is flat, it shows the CPU's time. Fewer launches a step have made the loop faster,
+# but called from Python, the launches still take most of the time. A graph is one way out, though it
+# takes inputs of one shape only. The other is to launch once for all steps: :ref:`sequence lstm`.
 #
 # Exercises
 # ---------

@@ -48,6 +48,7 @@ if __name__ == "__main__":
     print(MACHINE)
     if INTERPRET:
         print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
+
 # %%
 # The kernels
 # -----------
@@ -157,11 +158,10 @@ class LSTMSequence(torch.autograd.Function):
 # What a module needs
 # -------------------
 #
-# The launches do the steps. Around them a module draws seeds, masks the inputs, multiplies them with
-# W, and makes the results look like those of ``torch.nn.LSTM``:
+# The launches do the steps. The module does the rest, in the manner of ``torch.nn.LSTM``:
 #
 # .. image:: /_static/lstm_module.svg
-#    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. One seed enters the dropout, another the steps. Lengths enter the steps.
+#    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. A seed enters the dropout; another seed and the lengths enter the steps.
 #
 # - **Seeds.** Each call in training draws two, with PyTorch's own generator, on the GPU. So
 #   ``torch.manual_seed`` governs them, ``checkpoint`` replays them, and the CPU never waits.
@@ -436,9 +436,9 @@ if __name__ == "__main__" and not INTERPRET:
 # ours fills up. Ours can even take less time than the products alone, since one launch for all steps
 # also saves what a launch for each product costs.
 #
-# Implementation 1 multiplies each of four masked states with the columns of all gates, of which it
-# needs a quarter. FlashRNN is a persistent LSTM in CUDA without recurrent dropout; its
-# authors' figure, published and not measured here, has cuDNN ahead at 768 units.
+# Implementation 1 multiplies each of its four masked states with the columns of all gates, and needs a
+# quarter of that. FlashRNN is a persistent LSTM in CUDA, without recurrent dropout. Its authors' own
+# figure, published and not measured here, has cuDNN ahead at 768 units.
 #
 # Exercises
 # ---------

@@ -4,9 +4,8 @@
 Back through the whole sequence
 ===============================
 
-You run the backward pass of an LSTM in one launch as well, from the last step to the first. The
-gradients travel from program to program as the state did, only that there are four times as many
-of them.
+You run the backward pass of an LSTM in one launch, too, from the last step to the first. Gradients
+travel from program to program as the state did, but there are four times as many of them.
 
 You will learn
 
@@ -48,6 +47,7 @@ if __name__ == "__main__":
     print(MACHINE)
     if INTERPRET:
         print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
+
 # %%
 # These are the functions of :ref:`sequence lstm`, on few lines. Skip them.
 
@@ -166,27 +166,26 @@ def plain_loop(from_input, weight, h, c, masks):
 # the program that owns the unit, and :math:`\delta` has to travel:
 #
 # .. image:: /_static/sequence_backward.svg
-#    :alt: From right to left, the steps T, T minus 1 and so on. In each, a program reads the gradients of all gates of the step after it from L2, four numbers a unit, multiplies them with its columns of U, and writes its own part of the gradients of this step. The gradient of c stays with the program.
+#    :alt: A program reads row t + 1 of delta from L2, four numbers for each unit, multiplies with its columns of U, and writes its own units of row t. The gradient of c stays in its registers.
 #
-# What doesn't depend on the step after it leaves the loop. The gradient of U is a sum over
-# all steps of :math:`\delta_{t+1}` times the masked :math:`h_t`, so it is one large product after the
-# loop. The gradient of the inputs' part is :math:`\delta` itself. That is why the kernel keeps
-# :math:`\delta` of all steps, and therefore needs no second buffer: each step writes a row of its own.
-# One more row, of zeros, stands for the step after the last.
+# All the rest leaves the loop. The gradient of U is the sum over all steps of :math:`\delta_{t+1}` times
+# the masked :math:`h_t`, so it becomes one large product after the loop. The gradient of what the
+# inputs gave is :math:`\delta` itself. So the kernel keeps :math:`\delta` of all steps, each in a row of
+# its own. One more row, of zeros, stands for the step after the last.
 #
 # Predict it first
 # ----------------
 #
-# In the forward pass, a program with R sequences and N units reads R × H numbers of state and
-# 4N × H of U. Now it reads R × 4H numbers of :math:`\delta` and N × 4H of U. U is the same, but what
-# travels is four times as much, and so is the product's length for each unit: a step multiplies
-# the same numbers as before, R × H × 4N. How much longer will it take?
+# In the forward pass, a program with R sequences and N units read R × H numbers of the state and
+# 4N × H of U. Now it reads R × 4H numbers of :math:`\delta` and 4N × H of U. With R = 40 and N = 16
+# that is 224 × H instead of 104 × H. The barrier and the number of multiplications are the same as
+# before. How much longer will a step take?
 #
 # The kernel
 # ----------
 #
-# It has the same plan as the forward kernel. All that waits for nobody is loaded before ``wait``.
-# This time everything that a step stores is read by the others, so nothing comes after ``arrive``.
+# The kernel is built like the forward kernel: what waits for nobody is loaded before ``wait``. This
+# time the others read all that a step stores, so nothing stands behind ``arrive``.
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
@@ -260,9 +259,8 @@ def sequence_backward_kernel(
 # The launch
 # ----------
 #
-# With one mask for all gates, the four products add up to one number a unit. With four masks
-# (G = 4), each gate's part goes through its own mask before they are added. Either way U is transposed
-# once, so that a program reads its columns in one piece.
+# U is transposed once, so that a program finds each of its columns in one piece. After the launch come
+# the gradients of U and of the first state.
 
 BACKWARD_TILES = (16, 2, 32, 4, 4), (64, 1, 16, 4, 4), (32, 2, 32, 4, 4), (64, 1, 32, 8, 4), (64, 1, 64, 8, 3)
 
@@ -320,8 +318,7 @@ if __name__ == "__main__":
 # -------------------------
 #
 # Time a step of either pass, with 70 steps and a batch of 80, captured in a CUDA graph. The backward
-# pass includes the large product for the gradient of U. The limit is the products
-# alone: one a step, and the large one.
+# pass includes the large product for the gradient of U, and so do the products alone.
 
 LINES = {
     "backward": ("#d55e00", "-"),
@@ -367,21 +364,20 @@ if __name__ == "__main__" and not INTERPRET:
         print(f" {backward / products:.2f} times the products alone")
 
 # %%
-# The backward pass takes less than four times as long as the forward pass, because the barrier and
-# U cost the same in both. The lines move apart where the bytes count, with many units. The
-# dotted line lies close below the solid one there: the time goes into reading and multiplying, and
-# not into waiting.
+# The printed ratio is what you predicted: more than 1, since more numbers are read, but below 224 / 104,
+# since the rest of a step costs what it did before. With many units the dotted line comes close to the
+# solid one: there the time goes into reading, and not into waiting.
 #
-# What would make it faster? A program that kept its columns of U on the chip would read only
-# :math:`\delta`. That is what persistent kernels in CUDA do (see the references); in Triton,
-# what a loop loads again is loaded again.
+# Could it read less? A program that kept its columns of U on the chip would read nothing but
+# :math:`\delta`. Persistent kernels in CUDA do that (see the references). A Triton kernel can't say what
+# stays in registers from one step to the next.
 #
 # As a public function
 # --------------------
 #
 # A ``Function`` gives both launches to autograd, and operators give them to ``torch.compile``; see
-# :ref:`operators`. Gradients of gradients and forward mode are errors. :ref:`lstm module` makes a module
-# of it, with checks of its arguments, and compares that with cuDNN's LSTM.
+# :ref:`operators`. Second derivatives and forward mode are errors. :ref:`lstm module` adds what a
+# module needs, checks its arguments, and compares it with cuDNN's LSTM.
 
 lstm_sequence_op = torch.library.custom_op(
     "fast_and_right::lstm_sequence", launch_sequence, mutates_args=()
@@ -444,21 +440,21 @@ class LSTMSequence(torch.autograd.Function):
 # Exercises
 # ---------
 #
-# 1. The forward kernel has two buffers for what travels, used in turn. Would one do? And why has the
-#    backward kernel none?
+# 1. The forward kernel uses two buffers in turn. Would one be enough? And why does the backward kernel
+#    need none?
 # 2. The gradient of U needs the masked states of all steps. Where do they come from, and what would
 #    it cost to keep them?
 #
 # .. note::
 #    Try it first.
 #
-#    1. One would not do. A program that has passed the barrier of step t may finish the step, and
-#       overwrite what a slower program still reads for step t. With two, it overwrites what was read
-#       at step t - 1, and everybody who has arrived since has done with that. The backward kernel
-#       writes a new row of :math:`\delta` at each step, and reads the one before it.
-#    2. ``launch_gate_dropout`` masks the kept h again, with the mask that the seed gives. Kept, they
-#       would take G times as much memory as h, from the forward pass to the backward pass. Like
-#       this they exist only while the product runs.
+#    1. No. A fast program could finish its step while a slower one still reads, and would overwrite
+#       what that one is reading. With two buffers, it overwrites what was read one step earlier, and
+#       whoever has arrived since then has finished reading that. The backward kernel writes a new row
+#       of :math:`\delta` in each step.
+#    2. ``launch_gate_dropout`` masks h again, with the same seed. If the forward pass kept the masked
+#       states, they would take G times the memory of h until the backward pass. Drawn again, they
+#       exist only while the product runs.
 #
 # References
 # ----------

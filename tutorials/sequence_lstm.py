@@ -48,6 +48,7 @@ if __name__ == "__main__":
     print(MACHINE)
     if INTERPRET:
         print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
+
 # %%
 # These are the functions of :ref:`fused lstm` that this lesson needs, on few lines. Skip them.
 
@@ -85,64 +86,64 @@ def launch_gate_dropout(x, p, seed):
 # Programs that stay
 # ------------------
 #
-# In :ref:`fused lstm`, a step was a product and a kernel, and ended with its launches. Now a program
-# takes some sequences and some units, and keeps them for all steps. Their cell c, their masks and
-# the place of their columns of U stay in its registers.
+# In :ref:`fused lstm`, each step was two launches: a product, and a kernel. Now a program takes some
+# sequences and some units, and keeps them for all steps. Their cell c and their masks stay in its
+# registers.
 #
 # Only h has to travel. The product for one unit needs the masked state of *all* units of a
-# sequence, and other programs have computed those. So each program writes its part of the masked
-# state, and reads the whole of it in the next step. It travels through L2, the cache that all
+# sequence, and other programs have computed most of those. So each program writes its part of the
+# masked state, and in the next step reads all parts. They travel through L2, the cache that all
 # multiprocessors share.
 #
 # .. image:: /_static/lstm_sequence.svg
 #    :alt: Three programs, each with its units and its columns of U. In each step a program reads the masked state of all units from L2, multiplies, and writes its own part of the next state. A counter in L2 is the barrier: each program adds 1 when its part is written, and waits until all have.
 #
 # Between writing and reading stands a *barrier*. A program that has written its part adds 1 to a
-# counter: it *arrives*. Before it reads, it waits until as many have arrived as there are. There are
-# two buffers for the masked state, for even and for odd steps, so that nobody overwrites what
-# another still reads. And programs with other sequences need not wait for each other, so each block
-# of sequences has its own counter.
+# counter: it *arrives*. Before it reads, it waits until all programs have arrived. There are two
+# buffers for the masked state, one for even and one for odd steps, so that nobody overwrites what
+# another program is still reading. Programs with different sequences need nothing from each other, so
+# each block of sequences has a counter of its own.
 
 
 @triton.jit
 def arrive(arrived_ptr):
-    tl.debug_barrier()  # all its threads have
+    """Say that this program has stored what the others wait for."""
+    tl.debug_barrier()  # wait for all threads of this program
     tl.atomic_add(arrived_ptr, 1, sem="release")
 
 
 @triton.jit
 def wait(arrived_ptr, n_arrivals):
+    """Wait for the others: from then on, what they stored before is seen."""
     while tl.atomic_add(arrived_ptr, 0, sem="acquire") < n_arrivals:
         pass
 
 
 # %%
-# ``release`` and ``acquire`` belong together. Whoever sees the counter as it is after an addition with
-# ``release``, by one with ``acquire``, also sees what was stored before it.
+# ``release`` and ``acquire`` belong together. If one program adds with ``release``, and another finds the
+# new count with ``acquire``, then the second also finds everything that the first stored before.
 #
-# Can it hang? A program on the GPU would wait for ever for one that cannot start before it ends. So
-# all programs of a block of sequences must be on the GPU at the same time.
-# ``launch_cooperative_grid`` promises that: the GPU starts all programs of the launch, or refuses
-# the launch with an error. (In Triton's interpreter one program takes all units, and so waits for
-# nobody.)
+# Can this hang? Yes, if a program waits for one that can't start, because those that wait fill the
+# GPU. So all programs of a launch must be on the GPU at the same time. ``launch_cooperative_grid``
+# promises that: the GPU starts all of them, or refuses the launch with an error. (In Triton's
+# interpreter one program takes all units, and waits for nobody.)
 #
 # What does a step cost?
 # ----------------------
 #
 # For a program with R sequences and N units, three things come one after the other:
 #
-# - the *barrier*: an addition travels to L2, and another one brings back the news;
-# - the *bytes*: it reads R × H numbers of state and 4N × H numbers of U. U is read again at
-#   each step: it is too large for the registers here;
+# - the *barrier*: an addition has to reach L2, and a look at the counter has to come back;
+# - the *bytes*: it reads R × H numbers of the state and 4N × H numbers of U. U is read again in each
+#   step, since Triton keeps no block of that size in registers from one step to the next;
 # - the *product*: R × H × 4N multiplications, on tensor cores.
 #
-# All programs together read each number of U once for each block of sequences, and each number of
-# the state once for each block of units. So larger blocks read less, but occupy fewer
-# multiprocessors.
+# For example, with 1024 units and 80 sequences, there are 2 × 64 programs of 40 sequences and 16
+# units. Together they read 128 × (40 + 64) × 1024, or 13.6 million numbers a step, though U has
+# only 4.2 million. Larger blocks would read less, but then fewer multiprocessors would have work.
 #
-# What can be done while the others are being waited for should be done then. So the kernel loads
-# what came from the input *before* it waits, and arrives *before* it stores what only the backward
-# pass will read.
+# Everything else should happen while a program waits anyway. So the kernel loads what came from the
+# input *before* it waits, and it arrives *before* it stores what only the backward pass will read.
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
@@ -222,9 +223,9 @@ def sequence_kernel(
 # The launch
 # ----------
 #
-# The sizes of the blocks were found by measuring. The first row whose programs fit on the GPU
-# is taken. If there are more sequences than fit at once, they run one launch after another. Units
-# come in multiples of 128, filled up with units that stay 0, so that no load of a unit needs a mask.
+# The sizes of blocks were found by measuring. The first ones with which all programs fit on the GPU are
+# taken. If even with the last ones there are too many sequences, they go into several launches. Units
+# come in multiples of 128, filled up with units that stay 0, so no load of a unit needs a mask.
 
 # At most so many sequences in a program; programs on a multiprocessor; units, warps, stages.
 TILES = (16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)
@@ -287,8 +288,8 @@ def launch_sequence(from_input, weight, h0, c0, lengths, p, seed, early=0):
 # Is it right?
 # ------------
 #
-# Compare with the plain loop, in float64. 35 sequences make more than one block of them. And run it
-# twice: a barrier that fails now and then would change some bits.
+# Compare with the plain loop, in float64. 35 sequences make more than one block. And run it twice: if
+# the barrier failed now and then, some bits would change.
 
 
 def plain_loop(from_input, weight, h, c, masks):
@@ -321,10 +322,11 @@ if __name__ == "__main__":
 # Each part alone
 # ---------------
 #
-# Now measure what you counted, per step, everything captured in a CUDA graph. The barrier alone is
-# a kernel that does nothing else. For all but the waiting, the counter starts at a billion, so that
-# nobody ever waits. (The results are wrong, of course.) The product alone is PyTorch's. cuDNN
-# runs the same steps without recurrent dropout. With only 8 inputs, its product with W hardly counts.
+# Now measure what you predicted, per step, with everything captured in a CUDA graph. The barrier alone
+# is a kernel that does nothing else. To measure all but the waiting, let the counter start at a
+# billion, so that nobody ever waits. (The results are wrong, of course.) The product alone is
+# PyTorch's. cuDNN runs the same steps without recurrent dropout; it gets only 8 inputs, so that its
+# product with W hardly counts.
 
 
 @triton.jit
@@ -383,28 +385,28 @@ if __name__ == "__main__" and not INTERPRET:
         print(f" are {n_bytes / busy / 1e6:.1f} TB/s if nobody waits")
 
 # %%
-# The barrier alone takes longer the more programs meet, but not by much. With few units it is a
-# large part of the step. With many, the bytes count: they grow with the square of the
-# units, and the rate in the last lines stops growing where L2 delivers no more. The whole
-# takes longer than either, because nobody can load the state before it is there.
+# The barrier takes longer the more programs meet, but not by much. With few units it is a large part
+# of a step. With many units the bytes count: they grow with the square of the units. Add the barrier
+# to the dotted line, and you are near the solid one. What is missing is mostly the time until the
+# first numbers of the state arrive, which nobody can load before the barrier.
 #
-# Compare the whole with PyTorch's product alone, and with cuDNN. A product of its own costs a launch,
-# even from a graph, and that costs about as much as a barrier. The backward pass is the same loop
-# from the end: :ref:`sequence backward`.
+# Then compare the whole with the product alone. A launch of its own costs time even in a graph, about
+# as much as a barrier, and the whole does without. The backward pass is the same loop from the end:
+# :ref:`sequence backward`.
 #
 # Exercises
 # ---------
 #
-# 1. Build in zoneout (Krueger et al., 2016) in the place of recurrent dropout. At each step, each
-#    unit keeps its old c with probability p, and, drawn apart, its old h.
+# 1. Replace recurrent dropout by zoneout (Krueger et al., 2016): at each step, a unit keeps its old c
+#    with probability p, and independently its old h.
 # 2. Move ``arrive`` below the stores of the gates, of c and of h, and measure. Then move the four
 #    loads of the gates below ``wait``. Why does the order matter?
 #
 # .. note::
 #    Try it first.
 #
-#    1. A program needs its old h. It draws at each step, so the step enters the counter. In the
-#       product, h is not masked, also not before the first step.
+#    1. A program has to keep its old h, too. It draws anew at each step, so the step enters the
+#       counter. What enters the product is no longer masked.
 #
 #       .. code-block:: diff
 #
