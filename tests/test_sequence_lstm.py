@@ -136,7 +136,7 @@ def test_programs_that_wait_for_each_other_fit(monkeypatch, n_sequences, n_units
 def test_too_many_units_are_refused(monkeypatch):
     monkeypatch.setattr(sequence_lstm, "INTERPRET", False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    with pytest.raises(ValueError, match="takes at most 8448 units, got 8576"):
+    with pytest.raises(ValueError, match="at most 8448 units fit this GPU, got 8576"):
         blocks_for(TILES, 1, 8576, DEVICE)
 
 

@@ -429,14 +429,14 @@ LINES = {
 @torch.no_grad()
 def benchmark(n_units, line):
     H, like = n_units, {"device": DEVICE, "dtype": torch.bfloat16}
-    x, W, U = torch.randn(70, 80, 400, **like), *torch.randn(2, 4 * H, max(400, H), **like) / 30
-    W, U, ones = W[:, :400].contiguous(), U[:, :H].contiguous(), x.new_ones(1, 80, 400)
+    x, state = torch.randn(70, 80, 400, **like), torch.zeros(80, H, **like)
+    W, U = (torch.randn(4 * H, n, **like) / n**0.5 for n in (400, H))
     lengths, seed = torch.full((80,), 70, device=DEVICE), torch.tensor([7], device=DEVICE)
-    mask, state = launch_gate_dropout(x.new_ones(1, 1, 80, H), 0.3, seed)[0], x.new_zeros(80, H)
-    rest = U[None], state, state.float(), lengths, 0.3, seed
+    mask = launch_gate_dropout(x.new_ones(1, 1, 80, H), 0.3, seed)[0]
+    shape, rest = (70, 80, 4, H), (U[None], state, state.float(), lengths, 0.3, seed)
     runs = {
-        "two launches a step": lambda: launch_steps(linear(x, W).view(70, 80, 4, H), *rest),
-        "plain loop": lambda: lstm_loop(x, W, U, 0, state, state, ones, mask),
+        "two launches a step": lambda: launch_steps(linear(x, W).view(shape), *rest),
+        "plain loop": lambda: lstm_loop(x, W, U, 0, state, state, [1], mask),
         "matrix products": lambda: (linear(x, W), *(linear(state, U) for _ in range(70))),
     }
     run = runs[line.split(", ")[0]]
@@ -447,8 +447,8 @@ def benchmark(n_units, line):
 if __name__ == "__main__" and not INTERPRET:
     times = benchmark.run(show_plots=True, return_df=True)
     for n, ours, called, *_, products in times.values:
-        print(f"{n:.0f} units: called, the GPU waits {1 - ours / called:.0%} of the time;", end="")
-        print(f" captured, {ours / products:.2f} times as long as the products alone")
+        print(f"{n:.0f} units: called, the GPU waits {1 - ours / called:.0%} of the time")
+        print(f"and captured takes {ours / products:.2f} times as long as the products")
 
 # %%
 # Where a dotted line is flat, it shows the CPU's time. Fewer launches a step have made the loop faster,

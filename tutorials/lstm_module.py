@@ -77,13 +77,13 @@ def wait(arrived_ptr, n_arrivals):
 def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, arrived_ptr, rows, first_block, G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
     row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit); state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; c = tl.load(c_ptr + state, mask=exists, other=0.0)
     if c.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
-    k = tl.arange(0, K); column = tl.arange(0, 4 * UNITS)[None, :]; owner = tl.program_id(1) * UNITS + column // 4; u_ptr = weight_ptr + ((column % 4).to(tl.int64) * n_units + owner) * n_units + k[:, None]; x_ptr = masked_ptr + sequence * n_units + k[None, :]; arrived_ptr += block
+    k = tl.arange(0, K); column = tl.arange(0, 4 * UNITS)[None, :]; owner = tl.program_id(1) * UNITS + column // 4; row_of_u = (column % 4).to(tl.int64) * n_units + owner; u_ptr = weight_ptr + row_of_u * n_units + k[:, None]; x_ptr = masked_ptr + sequence * n_units + k[None, :]; arrived_ptr += block
     for t in range(n_steps):
         gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit; from_i = tl.load(gate, mask=exists, other=0.0); from_f = tl.load(gate + n_units, mask=exists, other=0.0); from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0); from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0); wait(arrived_ptr, t * tl.num_programs(1)); product = tl.zeros((ROWS, 4 * UNITS), c.dtype)
         for part in tl.static_range(G):
             part_ptr = x_ptr + (t % 2 * G + part) * plane
             for first in range(0, n_units, K):
-                x = tl.load(part_ptr + first, mask=exists, other=0.0, cache_modifier='.cg')
+                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier='.cg')
                 if G == 1: u = tl.load(u_ptr + first)
                 else: u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
                 product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
@@ -96,15 +96,14 @@ def sequence_backward_kernel(d_gates_ptr, d_cell_ptr, dh_ptr, dc_ptr, gates_ptr,
     if d_cell.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
     width = 4 * n_units // G; k = tl.arange(0, K); u_ptr = weight_ptr + unit.to(tl.int64) * 4 * n_units + k[:, None]; arrived_ptr += block
     for s in range(n_steps):
-        t = n_steps - 1 - s; gate = (t * n_sequences + sequence) * 4 * n_units + unit; after = (t + 1) * plane + state; dh = tl.load(dh_ptr + after, mask=exists, other=0.0); dc = tl.load(dc_ptr + after, mask=exists, other=0.0); i = tl.load(gates_ptr + gate, mask=exists, other=0.0); f = tl.load(gates_ptr + gate + n_units, mask=exists, other=0.0); g = tl.load(gates_ptr + gate + 2 * n_units, mask=exists, other=0.0); o = tl.load(gates_ptr + gate + 3 * n_units, mask=exists, other=0.0); c_before = tl.load(c_ptr + after - plane, mask=exists, other=0.0); c_after = tl.load(c_ptr + after, mask=exists, other=0.0); wait(arrived_ptr, s * tl.num_programs(1))
-        d_ptr = d_gates_ptr + ((t + 1) * n_sequences + sequence) * 4 * n_units + k[None, :]; from_next = tl.zeros((ROWS, UNITS), d_cell.dtype)
+        t = n_steps - 1 - s; gate = (t * n_sequences + sequence) * 4 * n_units + unit; after = (t + 1) * plane + state; dh = tl.load(dh_ptr + after, mask=exists, other=0.0); dc = tl.load(dc_ptr + after, mask=exists, other=0.0); i = tl.load(gates_ptr + gate, mask=exists, other=0.0); f = tl.load(gates_ptr + gate + n_units, mask=exists, other=0.0); g = tl.load(gates_ptr + gate + 2 * n_units, mask=exists, other=0.0); o = tl.load(gates_ptr + gate + 3 * n_units, mask=exists, other=0.0); c_before = tl.load(c_ptr + after - plane, mask=exists, other=0.0); c_after = tl.load(c_ptr + after, mask=exists, other=0.0); wait(arrived_ptr, s * tl.num_programs(1)); next_step = ((t + 1) * n_sequences + sequence) * 4 * n_units; d_ptr = d_gates_ptr + next_step + k[None, :]; from_next = tl.zeros((ROWS, UNITS), d_cell.dtype)
         for part in tl.static_range(G):
             product = tl.zeros((ROWS, UNITS), d_cell.dtype)
-            for first in range(part * width, (part + 1) * width, K): d = tl.load(d_ptr + first, mask=exists, other=0.0, cache_modifier='.cg'); u = tl.load(u_ptr + first); product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
+            for first in range(part * width, (part + 1) * width, K): d = tl.load(d_ptr + first, exists, 0.0, cache_modifier='.cg'); u = tl.load(u_ptr + first); product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
             kept = words[part].to(tl.int64) >= threshold; from_next += tl.where(kept, product * scale, 0.0)
         active = exists & (t < length); i, f, g, o = (i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype)); tanh_c = tanh(c_after); dh = tl.where(active, dh + from_next, 0.0); d_cell = tl.where(active, d_cell + dc + dh * o * (1 - tanh_c * tanh_c), 0.0); d_gate = d_gates_ptr + gate; tl.store(d_gate, d_cell * g * i * (1 - i), mask=exists); tl.store(d_gate + n_units, d_cell * c_before * f * (1 - f), mask=exists); tl.store(d_gate + 2 * n_units, d_cell * i * (1 - g * g), mask=exists); tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=exists); arrive(arrived_ptr); d_cell *= f
     tl.store(d_cell_ptr + state, d_cell, mask=exists)
-BLOCK = 128; TILES = ((16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)); BACKWARD_TILES = ((16, 2, 32, 4, 4), (64, 1, 16, 4, 4), (32, 2, 32, 4, 4), (64, 1, 32, 8, 4), (64, 1, 64, 8, 3))
+BLOCK = 128; TILES = [(16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)]; BACKWARD_TILES = [(16, 2, 32, 4, 4), (64, 1, 16, 4, 4), (32, 2, 32, 4, 4), (64, 1, 32, 8, 4), (64, 1, 64, 8, 3)]
 def threshold_and_scale(p): return (round(p * 2 ** 32), 1 / (1 - p) if p < 1 else 0.0)
 def launch_gate_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     G, n_steps, n_sequences, n_units = x.shape
@@ -118,22 +117,19 @@ def blocks_for(tiles, n_sequences, n_units, device):
     if INTERPRET: return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     for tile, programs, units, warps, stages in tiles:
-        row_blocks = triton.cdiv(n_sequences, tile); at_once = programs * processors // (n_units // units); options = {'num_warps': warps, 'num_stages': stages, 'launch_cooperative_grid': True}
+        row_blocks = triton.cdiv(n_sequences, tile); at_once = programs * processors // (n_units // units); options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
         if row_blocks <= at_once: break
-    if at_once == 0: raise ValueError(f'this GPU takes at most {processors * units} units, got {n_units}')
+    if at_once == 0: fit = processors * units; raise ValueError(f'at most {fit} units fit this GPU, got {n_units}')
     return (tile, units, row_blocks, at_once, options)
 def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
     if n_steps == 0 or n_sequences == 0: return
-    tile, units, row_blocks, at_once, options = blocks_for(tiles, n_sequences, n_units, h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())); tf32 = h.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device); widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
+    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())); tf32 = torch.backends.cuda.matmul.fp32_precision == 'tf32'; precision = 'tf32' if tf32 and h.dtype == torch.float32 else 'ieee'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device); widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
-        for first in range(0, row_blocks, at_once): kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, 'tf32' if tf32 else 'ieee', **options)
+        for first in range(0, row_blocks, at_once): kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, precision, **options)
     if widen: torch._foreach_copy_(tensors, work)
-def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]:
-    n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0; h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0)); masked = h.new_empty(2, G, n_sequences, n_units); masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]; tensors = (gates, h, c, masked, weight.contiguous(), lengths); launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early); return (h, c, gates)
-def launch_sequence_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, lengths: Tensor, n_real: int, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    n_steps, n_sequences, _, n_units = gates.shape; G, U = (len(weight), weight.reshape(4 * n_units, n_units)); d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units); d_gates[n_steps] = 0; d_cell = torch.zeros_like(c[0]); gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous()); tensors = (*gradients, gates, c, U.T.contiguous(), lengths); tiles = BACKWARD_TILES; launch_all_steps(sequence_backward_kernel, tiles, h, p, seed, G, *tensors, early=early); by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G); masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2); d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked)
-    d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight); dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]; dc0 = d_cell + dc[0]; return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
+def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]: n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0; h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0)); masked = h.new_empty(2, G, n_sequences, n_units); masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]; tensors = (gates, h, c, masked, weight.contiguous(), lengths); launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early); return (h, c, gates)
+def launch_sequence_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, lengths: Tensor, n_real: int, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor, Tensor]: n_steps, n_sequences, _, n_units = gates.shape; G, U = (len(weight), weight.reshape(4 * n_units, n_units)); d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units); d_gates[n_steps] = 0; d_cell = torch.zeros_like(c[0]); gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous()); tensors = (*gradients, gates, c, U.T.contiguous(), lengths); how = (sequence_backward_kernel, BACKWARD_TILES, h, p, seed, G); launch_all_steps(*how, *tensors, early=early); by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G); masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2); d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked); d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight); dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]; dc0 = d_cell + dc[0]; return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
 lstm_sequence_op = torch.library.custom_op('fast_and_right::lstm_sequence', launch_sequence, mutates_args=()); lstm_sequence_backward_op = torch.library.custom_op('fast_and_right::lstm_sequence_backward', launch_sequence_backward, mutates_args=())
 @lstm_sequence_op.register_fake
 def _(from_input, weight, h0, c0, lengths, p, seed, early=0): n_steps, n_sequences, _, n_units = from_input.shape; h = from_input.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); return (h, c, from_input.new_empty(from_input.shape))
@@ -163,12 +159,12 @@ class LSTMSequence(torch.autograd.Function):
 # .. image:: /_static/lstm_module.svg
 #    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. A seed enters the dropout; another seed and the lengths enter the steps.
 #
-# - **Seeds.** Each call in training draws two, with PyTorch's own generator, on the GPU. So
-#   ``torch.manual_seed`` governs them, ``checkpoint`` replays them, and the CPU never waits.
+# - **Seeds.** Each call in training draws two, on the GPU, with PyTorch's generator. So
+#   ``torch.manual_seed`` governs them, and ``checkpoint`` replays them.
 # - **Lengths.** In a padded batch each sequence has its own end, which the kernels know. What stands
 #   behind it must not count, even if it is NaN. A packed sequence is padded, and packed again.
-# - **Units that fill up.** The kernels take multiples of 128 units. The module fills the weights up
-#   with zeros, and cuts the results. A unit whose weights and bias are 0 stays at 0.
+# - **Units that fill up.** The kernels take multiples of 128 units. The module adds units whose
+#   weights are 0, and which stay at 0, and removes them from the results.
 #
 # As a public function
 # --------------------
@@ -302,7 +298,8 @@ class LSTM(torch.nn.Module):
         weight_hh = pad(self.weight_hh_l0.view(4, H, H), (0, extra, 0, extra))
         bias = pad((self.bias_ih_l0 + self.bias_hh_l0).view(4, H), (0, extra))
 
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        traced = torch.compiler.is_compiling()
+        traced = traced or torch._C._are_functorch_transforms_active()
         draw = gate_dropout_op if traced else launch_gate_dropout
         ones = torch.ones(G, 1, *x.shape[1:], dtype=x.dtype, device=x.device)
         kept = draw(ones, rates[0], seeds[:1]) > 0
@@ -341,7 +338,8 @@ if __name__ == "__main__":
     output, (h_n, _) = lstm(x, lengths=[5, 0, 2])
     for b, length in enumerate([5, 0, 2]):
         alone, (h_alone, _) = lstm(x[:length, b : b + 1])
-        torch.testing.assert_close((output[:length, b : b + 1], h_n[:, b : b + 1]), (alone, h_alone))
+        got = output[:length, b : b + 1], h_n[:, b : b + 1]
+        torch.testing.assert_close(got, (alone, h_alone))
     print("as torch.nn.LSTM, and as each sequence alone")
 
 # %%
@@ -388,7 +386,7 @@ def products_of(n_units, like, n_steps, batch):  # of a forward and a backward p
     return lambda: (graph.replay(), results)
 
 
-STYLES = ("#d55e00", "-"), ("#d55e00", ":"), ("#0072b2", "-"), ("#0072b2", ":"), ("#555555", "--")
+STYLES = [(c, s) for c in ("#d55e00", "#0072b2") for s in "-:"] + [("#555555", "--")]
 LINES = ["recurrent dropout, captured", "recurrent dropout, called"]
 LINES += ["cuDNN without, captured", "cuDNN without, called", "matrix products alone"]
 SIZES = (70, 80, "float32"), (70, 80, "bfloat16"), (1024, 16, "bfloat16")
@@ -407,7 +405,8 @@ SIZES = (70, 80, "float32"), (70, 80, "bfloat16"), (1024, 16, "bfloat16")
 def benchmark(line, n_units, n_steps, batch, dtype, implementation=2):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     like = {"device": DEVICE, "dtype": dtype}
-    ours = LSTM(400, n_units, dropout=0.3, recurrent_dropout=0.3, implementation=implementation)
+    rates = {"dropout": 0.3, "recurrent_dropout": 0.3}
+    ours = LSTM(400, n_units, **rates, implementation=implementation)
     module = (ours if "dropout" in line else torch.nn.LSTM(400, n_units)).to(**like)
     x = torch.randn(n_steps, batch, 400, **like, requires_grad=True)
     gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
@@ -425,16 +424,16 @@ if __name__ == "__main__" and not INTERPRET:
         ours, called, *others = times.values.T[1:]
         for name, other, our in zip(LINES[2:], others, (ours, called, ours), strict=True):
             low, high = min(our / other), max(our / other)
-            print(*size, f"ours takes {low:.2f} to {high:.2f} times as long as: {name}", sep=", ")
-    one, two = (benchmark.fn(LINES[0], 1152, *SIZES[0][:2], torch.bfloat16, i) for i in (1, 2))
+            print(*size, f": {low:.2f} to {high:.2f} times as long as {name}")
+    size = 1152, 70, 80, torch.bfloat16
+    one, two = (benchmark.fn(LINES[0], *size, i) for i in (1, 2))
     print(f"implementation 1 takes {one / two:.2f} times as long as 2, at 1152 units")
 
 # %%
 # Below 1, ours with recurrent dropout is faster than the other without. Captured, the GPU alone
-# decides. Called, the CPU counts as well: both launch once for a sequence and direction, but a call has
-# more to do than that. At 1150 units cuDNN is slow, as far as this run shows; compare 1152, to which
-# ours fills up. Ours can even take less time than the products alone, since one launch for all steps
-# also saves what a launch for each product costs.
+# decides. Called, the CPU's time counts as well, and a call has more to do than one launch in each
+# direction. At 1150 units cuDNN is slow, as far as this run shows, so look at 1152, too. Below the
+# dashed line, one launch for all steps saves more than it costs beside the products.
 #
 # Implementation 1 multiplies each of its four masked states with the columns of all gates, and needs a
 # quarter of that. FlashRNN is a persistent LSTM in CUDA, without recurrent dropout. Its authors' own
@@ -468,7 +467,7 @@ if __name__ == "__main__" and not INTERPRET:
 #
 # - Y. Gal and Z. Ghahramani, `A theoretically grounded application of dropout in recurrent neural networks <https://arxiv.org/abs/1512.05287>`_,
 #   2016.
-# - S. Merity, N. S. Keskar and R. Socher, `Regularizing and optimizing LSTM language models <https://arxiv.org/abs/1708.02182>`_,
+# - S. Merity et al., `Regularizing and optimizing LSTM language models <https://arxiv.org/abs/1708.02182>`_,
 #   2017: AWD-LSTM.
 # - PyTorch's documentation of `CUDA graphs <https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs>`_.
 # - `FlashRNN <https://github.com/NX-AI/flashrnn>`_ by NX-AI.

@@ -91,8 +91,8 @@ def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
     state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; c = tl.load(c_ptr + state, mask=exists, other=0.0)
     if c.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
-    k = tl.arange(0, K); column = tl.arange(0, 4 * UNITS)[None, :]; owner = tl.program_id(1) * UNITS + column // 4
-    u_ptr = weight_ptr + ((column % 4).to(tl.int64) * n_units + owner) * n_units + k[:, None]; x_ptr = masked_ptr + sequence * n_units + k[None, :]; arrived_ptr += block
+    k = tl.arange(0, K); column = tl.arange(0, 4 * UNITS)[None, :]; owner = tl.program_id(1) * UNITS + column // 4; row_of_u = (column % 4).to(tl.int64) * n_units + owner
+    u_ptr = weight_ptr + row_of_u * n_units + k[:, None]; x_ptr = masked_ptr + sequence * n_units + k[None, :]; arrived_ptr += block
     for t in range(n_steps):
         gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit; from_i = tl.load(gate, mask=exists, other=0.0); from_f = tl.load(gate + n_units, mask=exists, other=0.0)
         from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0); from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0); wait(arrived_ptr, t * tl.num_programs(1))
@@ -100,7 +100,7 @@ def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr
         for part in tl.static_range(G):
             part_ptr = x_ptr + (t % 2 * G + part) * plane
             for first in range(0, n_units, K):
-                x = tl.load(part_ptr + first, mask=exists, other=0.0, cache_modifier='.cg')
+                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier='.cg')
                 if G == 1: u = tl.load(u_ptr + first)
                 else: u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
                 product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
@@ -111,24 +111,25 @@ def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr
             kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0); next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane; tl.store(next_ptr + state, kept, mask=exists)
         arrive(arrived_ptr); tl.store(gate, i, mask=exists); tl.store(gate + n_units, f, mask=exists); tl.store(gate + 2 * n_units, g, mask=exists); tl.store(gate + 3 * n_units, o, mask=exists)
         tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists); tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
-TILES = ((16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2))
+TILES = [(16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)]
 def blocks_for(tiles, n_sequences, n_units, device):
     if INTERPRET: return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     for tile, programs, units, warps, stages in tiles:
-        row_blocks = triton.cdiv(n_sequences, tile); at_once = programs * processors // (n_units // units); options = {'num_warps': warps, 'num_stages': stages, 'launch_cooperative_grid': True}
+        row_blocks = triton.cdiv(n_sequences, tile); at_once = programs * processors // (n_units // units); options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
         if row_blocks <= at_once: break
-    if at_once == 0: raise ValueError(f'this GPU takes at most {processors * units} units, got {n_units}')
+    if at_once == 0: fit = processors * units; raise ValueError(f'at most {fit} units fit this GPU, got {n_units}')
     return (tile, units, row_blocks, at_once, options)
 def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
     if n_steps == 0 or n_sequences == 0: return
-    tile, units, row_blocks, at_once, options = blocks_for(tiles, n_sequences, n_units, h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size()))
-    tf32 = h.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == 'tf32'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
-    widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
+    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size()))
+    tf32 = torch.backends.cuda.matmul.fp32_precision == 'tf32'; precision = 'tf32' if tf32 and h.dtype == torch.float32 else 'ieee'
+    arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device); widen = INTERPRET and h.dtype == torch.bfloat16
+    work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once):
-            kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, 'tf32' if tf32 else 'ieee', **options)
+            kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, precision, **options)
     if widen: torch._foreach_copy_(tensors, work)
 def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]:
     n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0
@@ -229,12 +230,13 @@ def sequence_backward_kernel(
         c_before = tl.load(c_ptr + after - plane, mask=exists, other=0.0)
         c_after = tl.load(c_ptr + after, mask=exists, other=0.0)
         wait(arrived_ptr, s * tl.num_programs(1))
-        d_ptr = d_gates_ptr + ((t + 1) * n_sequences + sequence) * 4 * n_units + k[None, :]
+        next_step = ((t + 1) * n_sequences + sequence) * 4 * n_units
+        d_ptr = d_gates_ptr + next_step + k[None, :]
         from_next = tl.zeros((ROWS, UNITS), d_cell.dtype)
         for part in tl.static_range(G):
             product = tl.zeros((ROWS, UNITS), d_cell.dtype)
             for first in range(part * width, (part + 1) * width, K):
-                d = tl.load(d_ptr + first, mask=exists, other=0.0, cache_modifier=".cg")
+                d = tl.load(d_ptr + first, exists, 0.0, cache_modifier=".cg")
                 u = tl.load(u_ptr + first)
                 product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
             kept = words[part].to(tl.int64) >= threshold
@@ -262,7 +264,13 @@ def sequence_backward_kernel(
 # U is transposed once, so that a program finds each of its columns in one piece. After the launch come
 # the gradients of U and of the first state.
 
-BACKWARD_TILES = (16, 2, 32, 4, 4), (64, 1, 16, 4, 4), (32, 2, 32, 4, 4), (64, 1, 32, 8, 4), (64, 1, 64, 8, 3)
+BACKWARD_TILES = [
+    (16, 2, 32, 4, 4),
+    (64, 1, 16, 4, 4),
+    (32, 2, 32, 4, 4),
+    (64, 1, 32, 8, 4),
+    (64, 1, 64, 8, 3),
+]
 
 
 def launch_sequence_backward(
@@ -277,8 +285,8 @@ def launch_sequence_backward(
     d_cell = torch.zeros_like(c[0])
     gradients = d_gates, d_cell, dh.contiguous(), dc.contiguous()
     tensors = *gradients, gates, c, U.T.contiguous(), lengths
-    tiles = BACKWARD_TILES
-    launch_all_steps(sequence_backward_kernel, tiles, h, p, seed, G, *tensors, early=early)
+    how = sequence_backward_kernel, BACKWARD_TILES, h, p, seed, G
+    launch_all_steps(*how, *tensors, early=early)
     by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G)
     masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
     d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked)
@@ -337,7 +345,8 @@ LINES = {
 @torch.no_grad()
 def benchmark(n_units, line):
     like = {"device": DEVICE, "dtype": torch.bfloat16}
-    x, U = torch.randn(70, 80, 4, n_units, **like), torch.randn(4 * n_units, n_units, **like) / 30
+    x = torch.randn(70, 80, 4, n_units, **like)
+    U = torch.randn(4 * n_units, n_units, **like) / 30
     state, lengths = x.new_zeros(80, n_units), torch.full((80,), 70, device=DEVICE)
     rest = lengths, 0.3, torch.tensor([7], device=DEVICE)
     h, c, gates = launch_sequence(x, U[None], state, state.float(), *rest)

@@ -56,6 +56,7 @@ import gc
 
 from torch.nn.functional import linear, pad
 
+
 # fmt: off
 # ruff: noqa: E701, E702
 @triton.jit
@@ -81,6 +82,7 @@ def launch_gate_dropout(x, p, seed):
         with torch.cuda.device_of(x): gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](y, x, x.stride(0), rows, n_sequences, n_units, *threshold_and_scale(p), seed, G, BLOCK)
     return y
 # fmt: on
+
 
 # %%
 # Programs that stay
@@ -174,7 +176,8 @@ def sequence_kernel(
     k = tl.arange(0, K)
     column = tl.arange(0, 4 * UNITS)[None, :]
     owner = tl.program_id(1) * UNITS + column // 4
-    u_ptr = weight_ptr + ((column % 4).to(tl.int64) * n_units + owner) * n_units + k[:, None]
+    row_of_u = (column % 4).to(tl.int64) * n_units + owner
+    u_ptr = weight_ptr + row_of_u * n_units + k[:, None]
     x_ptr = masked_ptr + sequence * n_units + k[None, :]
     arrived_ptr += block
     for t in range(n_steps):
@@ -189,7 +192,7 @@ def sequence_kernel(
             part_ptr = x_ptr + (t % 2 * G + part) * plane
             for first in range(0, n_units, K):
                 # .cg: from L2, since L1 does not notice what other programs write
-                x = tl.load(part_ptr + first, mask=exists, other=0.0, cache_modifier=".cg")
+                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier=".cg")
                 if G == 1:
                     u = tl.load(u_ptr + first)
                 else:  # 0 in the place of the other gates' columns
@@ -228,7 +231,13 @@ def sequence_kernel(
 # come in multiples of 128, filled up with units that stay 0, so no load of a unit needs a mask.
 
 # At most so many sequences in a program; programs on a multiprocessor; units, warps, stages.
-TILES = (16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)
+TILES = [
+    (16, 2, 16, 4, 3),
+    (64, 1, 16, 8, 3),
+    (32, 2, 16, 4, 3),
+    (64, 1, 32, 8, 4),
+    (64, 1, 64, 8, 2),
+]
 
 
 def blocks_for(tiles, n_sequences, n_units, device):
@@ -239,11 +248,12 @@ def blocks_for(tiles, n_sequences, n_units, device):
     for tile, programs, units, warps, stages in tiles:
         row_blocks = triton.cdiv(n_sequences, tile)
         at_once = programs * processors // (n_units // units)
-        options = {"num_warps": warps, "num_stages": stages, "launch_cooperative_grid": True}
+        options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
         if row_blocks <= at_once:
             break
     if at_once == 0:
-        raise ValueError(f"this GPU takes at most {processors * units} units, got {n_units}")
+        fit = processors * units
+        raise ValueError(f"at most {fit} units fit this GPU, got {n_units}")
     return tile, units, row_blocks, at_once, options
 
 
@@ -251,9 +261,10 @@ def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     n_steps, n_sequences, n_units = len(h) - 1, *h.shape[1:]
     if n_steps == 0 or n_sequences == 0:
         return
-    tile, units, row_blocks, at_once, options = blocks_for(tiles, n_sequences, n_units, h.device)
+    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device)
     rows, K = triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())
-    tf32 = h.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 and h.dtype == torch.float32 else "ieee"
     arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
     # The interpreter's tl.dot takes bfloat16 for integers.
     widen = INTERPRET and h.dtype == torch.bfloat16
@@ -261,8 +272,8 @@ def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once):
             kernel[min(at_once, row_blocks - first), n_units // units](
-                *work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived,
-                rows, first, G, tile, units, K, "tf32" if tf32 else "ieee", **options,
+                *work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed,
+                arrived, rows, first, G, tile, units, K, precision, **options,
             )  # fmt: skip
     if widen:
         torch._foreach_copy_(tensors, work)
@@ -359,9 +370,11 @@ LINES = {
 @torch.no_grad()
 def benchmark(n_units, line):
     like = {"device": DEVICE, "dtype": torch.bfloat16}
-    x, U = torch.randn(70, 80, 4, n_units, **like), torch.randn(4 * n_units, n_units, **like) / 30
+    x = torch.randn(70, 80, 4, n_units, **like)
+    U = torch.randn(4 * n_units, n_units, **like) / 30
     state, lengths = x.new_zeros(80, n_units), torch.full((80,), 70, device=DEVICE)
-    sequence = x, U[None], state, state.float(), lengths, 0.3, torch.tensor([7], device=DEVICE)
+    seed = torch.tensor([7], device=DEVICE)
+    sequence = x, U[None], state, state.float(), lengths, 0.3, seed
     lstm, inputs = torch.nn.LSTM(8, n_units).to(**like), torch.randn(70, 80, 8, **like)
     run = dict(zip(LINES, (
         lambda: launch_sequence(*sequence), lambda: launch_sequence(*sequence, early=10**9),
