@@ -339,7 +339,7 @@ LINES = {
 @triton.testing.perf_report(triton.testing.Benchmark(
     x_names=["n_units"], x_vals=[128, 256, 512, 1024, 1152, 2048], line_arg="line",
     line_vals=list(LINES), line_names=list(LINES), styles=list(LINES.values()),
-    xlabel=f"units, batch 80, bfloat16\n{MACHINE}", ylabel="microseconds a step",
+    xlabel=f"units, one of 70 steps, batch 80, bfloat16\n{MACHINE}", ylabel="µs",
     plot_name="sequence-backward-step", args={},
 ))  # fmt: skip
 @torch.no_grad()
