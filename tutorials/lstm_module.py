@@ -154,7 +154,7 @@ class LSTMSequence(torch.autograd.Function):
 # What a module needs
 # -------------------
 #
-# The launches do the steps. The module does the rest, in the manner of ``torch.nn.LSTM``:
+# The launches do the steps. The module does the rest:
 #
 # .. image:: /_static/lstm_module.svg
 #    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. A seed enters the dropout; another seed and the lengths enter the steps.
@@ -190,7 +190,8 @@ class LSTM(torch.nn.Module):
     hold for all steps and are scaled by 1 / (1 - p). The rates are in [0, 1]. With
     ``implementation`` 1, each gate has masks of its own (G = 4); with 0 or 2, the gates share
     them (G = 1). With ``batch_first``, input and output are (batch, time, features).
-    Differentiable once, in reverse mode; works under ``torch.compile``.
+    Differentiable once, in reverse mode; works under ``torch.compile``. Wrong arguments raise
+    TypeError or ValueError.
     """
 
     def __init__(
@@ -217,10 +218,10 @@ class LSTM(torch.nn.Module):
     def forward(self, input, hx=None, lengths=None):
         """All outputs, and the state (h_n, c_n) at each sequence's end.
 
-        ``input`` is a tensor, (time, batch, input_size), or a PackedSequence; ``hx`` the first
-        h and c, (1, batch, hidden_size), or None for zeros; ``lengths``, on the CPU, those of
-        the sequences of a padded batch, whose output after the end is 0. The backward pass
-        reads the outputs: don't change them in place.
+        ``input`` is a tensor, (time, batch, input_size), or a PackedSequence, of the weights'
+        dtype, float16 to float64; ``hx`` the first h and c, (1, batch, hidden_size), or None
+        for zeros; ``lengths``, on the CPU, those of a padded batch, whose output after each
+        end is 0. The backward pass reads the outputs: don't change them in place.
         """
         packed = isinstance(input, PackedSequence)
         if packed and lengths is not None:
@@ -330,9 +331,8 @@ if __name__ == "__main__":
     reference = torch.nn.LSTM(4, 7).to(x)
     lstm = LSTM(4, 7).to(x)
     lstm.load_state_dict(reference.state_dict())
-    losses = [(module, module(x)[0].sin().sum()) for module in (lstm, reference)]
-    results = [torch.autograd.grad(loss, [x, *m.parameters()]) for m, loss in losses]
-    torch.testing.assert_close(*results)
+    losses = [(m(x)[0].sin().sum(), [x, *m.parameters()]) for m in (lstm, reference)]
+    torch.testing.assert_close(*(torch.autograd.grad(*loss) for loss in losses))
     packed = pack_padded_sequence(x, [5, 3, 2])
     torch.testing.assert_close(lstm(packed)[0].data, reference(packed)[0].data)
     output, (h_n, _) = lstm(x, lengths=[5, 0, 2])
@@ -370,7 +370,8 @@ if __name__ == "__main__" and not INTERPRET:
 # Take the size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, about 1150 units; and long
 # sequences: 1024 steps, batch 16. We time forward and backward together, of implementation 2. cuDNN's
 # LSTM drops nothing of its state. Both are captured in the same way (solid), and also called as usual
-# (dotted). Dashed are the matrix products alone, step by step, captured. float32 uses TF32.
+# (dotted). Dashed are the matrix products alone, step by step, captured. In float32, cuDNN's LSTM uses
+# TF32 unless told not to, and ours if PyTorch's products are told to; here all do.
 
 
 def products_of(n_units, like, n_steps, batch):  # of a forward and a backward pass
@@ -433,10 +434,10 @@ if __name__ == "__main__" and not INTERPRET:
 # Below 1, ours with recurrent dropout is faster than the other without. Captured, the GPU alone
 # decides. Called, the CPU's time counts as well, and a call has more to do than one launch in each
 # direction. At 1150 units cuDNN is slow, as far as this run shows, so look at 1152, too. Below the
-# dashed line, one launch for all steps saves more than it costs beside the products.
+# dashed line, one launch saves more than everything beside the products costs.
 #
-# Implementation 1 multiplies each of its four masked states with the columns of all gates, and needs a
-# quarter of that. FlashRNN is a persistent LSTM in CUDA, without recurrent dropout. Its authors' own
+# Implementation 1 multiplies each of its four masked states with the columns of all gates, four times
+# what it needs. FlashRNN is a persistent LSTM in CUDA, without recurrent dropout. Its authors' own
 # figure, published and not measured here, has cuDNN ahead at 768 units.
 #
 # Exercises
