@@ -89,7 +89,8 @@ def generator_mask(seed, width):
 # A block is a range of each dimension of the tensor: it begins at ``offsets`` and has the shape of
 # ``x``. Its *rows* are the runs of neighbours in the last dimension. Within a row the places count
 # up one by one, so only the first place of each row has to be computed. That takes a division for
-# each dimension of each row, and none for the elements.
+# each dimension between the last and the first, and none for the elements. (Places and addresses
+# need 64 bits, and a GPU needs many instructions to divide numbers of 64 bits.)
 #
 # Four places share a call of Philox. If a row begins in the middle of such a group, the program
 # starts at the beginning of the group, up to three elements early, and masks those. If the launch
@@ -103,21 +104,23 @@ def block_dropout_kernel(
     threshold, scale: tl.float64, seed,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
     n_col_blocks = tl.cdiv(n_cols if ALIGNED else n_cols + 3, COLS)
-    rows = pid // n_col_blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    row_block = (tl.program_id(0) // n_col_blocks).to(tl.int64)
+    rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
 
     # From the number of a row to the place of its first element, and to its address.
     place = tl.zeros((ROWS, 1), tl.int64) + first
     address = tl.zeros((ROWS, 1), tl.int64)
     rest = rows
     for d in tl.static_range(len(sizes)):  # from the last dimension to the first
-        coordinate = rest % sizes[d]
-        rest = rest // sizes[d]
+        coordinate = rest
+        if d + 1 < len(sizes):
+            coordinate = rest % sizes[d]
+            rest = rest // sizes[d]
         place += coordinate * places[d]
         address += coordinate * strides[d]
 
-    first_col = pid % n_col_blocks * COLS
+    first_col = (tl.program_id(0) % n_col_blocks).to(tl.int64) * COLS
     cols = first_col + tl.arange(0, COLS)[None, :]
     if not ALIGNED:
         cols -= place % 4
@@ -360,6 +363,16 @@ class BlockDropout(torch.autograd.Function):
         return BlockDropout.apply(gradient, *arguments), None, None, None, None
 
 
+quick_apply = super(torch.autograd.Function, BlockDropout).apply
+
+
+def apply(*arguments):
+    # Function.apply is slow, because it looks up names for the compiler and torch.func.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return BlockDropout.apply(*arguments)
+    return quick_apply(*arguments)
+
+
 def block_dropout(x, p, seed, shape, offsets):
     """Dropout of a block: the mask is that of the whole tensor, cut to the block.
 
@@ -417,7 +430,7 @@ def block_dropout(x, p, seed, shape, offsets):
                 f"and block {list(x.shape)} in shape {shape}"
             )
     signed = int(seed) - 2**64 if seed >= 2**63 else int(seed)
-    return BlockDropout.apply(x, float(p), signed, shape, offsets)
+    return apply(x, float(p), signed, shape, offsets)
 
 
 # %%

@@ -240,6 +240,16 @@ class SharedDropout(torch.autograd.Function):
         return SharedDropout.apply(gradient, ctx.p, *ctx.saved_tensors), None, None
 
 
+quick_apply = super(torch.autograd.Function, SharedDropout).apply
+
+
+def apply(*arguments):
+    # Function.apply is slow, because it looks up names for the compiler and torch.func.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return SharedDropout.apply(*arguments)
+    return quick_apply(*arguments)
+
+
 def check_dense(x, axes):
     if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
@@ -273,7 +283,7 @@ def shared_dropout(x, p, seed):
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
         raise ValueError(f"seed must be one int64 on {x.device}, got {seed}")
-    return SharedDropout.apply(x, check_rate(p, "p"), seed)
+    return apply(x, check_rate(p, "p"), seed)
 
 
 # %%

@@ -65,21 +65,23 @@ def block_dropout_kernel(
     threshold, scale: tl.float64, seed,
     ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
     n_col_blocks = tl.cdiv(n_cols if ALIGNED else n_cols + 3, COLS)
-    rows = pid // n_col_blocks * ROWS + tl.arange(0, ROWS)[:, None]
+    row_block = (tl.program_id(0) // n_col_blocks).to(tl.int64)
+    rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
 
     # From the number of a row to the place of its first element, and to its address.
     place = tl.zeros((ROWS, 1), tl.int64) + first
     address = tl.zeros((ROWS, 1), tl.int64)
     rest = rows
     for d in tl.static_range(len(sizes)):  # from the last dimension to the first
-        coordinate = rest % sizes[d]
-        rest = rest // sizes[d]
+        coordinate = rest
+        if d + 1 < len(sizes):
+            coordinate = rest % sizes[d]
+            rest = rest // sizes[d]
         place += coordinate * places[d]
         address += coordinate * strides[d]
 
-    first_col = pid % n_col_blocks * COLS
+    first_col = (tl.program_id(0) % n_col_blocks).to(tl.int64) * COLS
     cols = first_col + tl.arange(0, COLS)[None, :]
     if not ALIGNED:
         cols -= place % 4

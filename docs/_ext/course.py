@@ -111,14 +111,15 @@ def minutes(app, lesson):
         r"^\.\. note::\n +Try it first\..*?(?=^\S)", "", page,
         flags=re.MULTILINE | re.DOTALL,
     )  # fmt: skip
+    top, *blocks = page.split(".. GENERATED FROM PYTHON SOURCE LINES")
     words = lines = 0
-    for block in page.split(".. GENERATED FROM PYTHON SOURCE LINES")[1:]:
-        code = re.findall(r"^ .*\S", block, re.MULTILINE)
+    for block in [top.partition("\n===")[2], *blocks]:
+        # Directives and their options, such as the description of a picture, are not read.
+        read = re.sub(r"^ *(\.\.|:[\w-]+:)( .*)?$", "", block, flags=re.MULTILINE)
         if "\n.. code-block:: Python\n" in block:
-            lines += len(code)
+            lines += len(re.findall(r"^ +\S", read, re.MULTILINE))
         else:
-            words += len(block.split())
-    words += len(page.partition(".. GENERATED FROM")[0].partition("\n===")[2].split())
+            words += len(re.findall(r"\S*\w\S*", read))
     return round(words / WORDS_A_MINUTE + lines / LINES_A_MINUTE)
 
 

@@ -45,7 +45,7 @@ def label_ends(axis):
         )  # fmt: skip
 
 
-def apart(heights, gap=0.055, top=1.0):
+def apart(heights, gap=0.055, top=0.95):
     """Rising heights, moved so far that names there don't overlap: up, and down from the top."""
     result = []
     for height in heights:
