@@ -437,7 +437,7 @@ if __name__ == "__main__" and not INTERPRET:
 # dashed line, one launch saves more than everything beside the products costs.
 #
 # Implementation 1 multiplies each of its four masked states with the columns of all gates, four times
-# what it needs. FlashRNN is a persistent LSTM in CUDA, without recurrent dropout. Its authors' own
+# what it needs. FlashRNN has persistent LSTMs in CUDA, without recurrent dropout. Its authors' own
 # figure, published and not measured here, has cuDNN ahead at 768 units.
 #
 # Exercises
@@ -468,7 +468,7 @@ if __name__ == "__main__" and not INTERPRET:
 #
 # - Y. Gal and Z. Ghahramani, `A theoretically grounded application of dropout in recurrent neural networks <https://arxiv.org/abs/1512.05287>`_,
 #   2016.
-# - S. Merity et al., `Regularizing and optimizing LSTM language models <https://arxiv.org/abs/1708.02182>`_,
+# - S. Merity, N. S. Keskar and R. Socher, `Regularizing and optimizing LSTM language models <https://arxiv.org/abs/1708.02182>`_,
 #   2017: AWD-LSTM.
 # - PyTorch's documentation of `CUDA graphs <https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs>`_.
 # - `FlashRNN <https://github.com/NX-AI/flashrnn>`_ by NX-AI.

@@ -410,7 +410,7 @@ if __name__ == "__main__" and not INTERPRET:
 # Exercises
 # ---------
 #
-# 1. Replace recurrent dropout by zoneout (Krueger et al., 2016): at each step, a unit keeps its old c
+# 1. Replace recurrent dropout by zoneout (Krueger et al., 2017): at each step, a unit keeps its old c
 #    with probability p, and independently its old h.
 # 2. Move ``arrive`` below the stores of the gates, of c and of h, and measure. Then move the four
 #    loads of the gates below ``wait``. Why does the order matter?
@@ -455,6 +455,6 @@ if __name__ == "__main__" and not INTERPRET:
 # - G. Diamos et al., `Persistent RNNs: stashing recurrent weights on-chip <https://proceedings.mlr.press/v48/diamos16.html>`_,
 #   2016.
 # - D. Krueger et al., `Zoneout: regularizing RNNs by randomly preserving hidden activations <https://arxiv.org/abs/1606.01305>`_,
-#   2016.
+#   2017.
 # - `FlashRNN <https://github.com/NX-AI/flashrnn>`_ by NX-AI, and `Haste <https://github.com/lmnt-com/haste>`_ by LMNT: both run a whole
 #   sequence on the GPU, with kernels in CUDA.
