@@ -132,8 +132,10 @@ def block_dropout_kernel(
             bits |= large.to(tl.int32) << (4 * call + i)
     if not ALIGNED:
         bits >>= (place % 4).to(tl.int32)
-    keep = (bits[:, :, None] >> tl.arange(0, GROUP)[None, None, :]) & 1
-    keep = tl.reshape(keep, (ROWS, COLS)) == 1
+    if GROUP == 8:
+        bits = tl.interleave(bits, bits >> 4)
+    bits = tl.interleave(bits, bits >> 2)
+    keep = tl.interleave(bits, bits >> 1) & 1 == 1
 
     inside = (rows < n_rows) & (cols < n_cols)
     x = tl.load(x_ptr + address + cols, mask=inside)

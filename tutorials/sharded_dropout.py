@@ -91,8 +91,10 @@ def block_dropout_kernel(
             bits |= large.to(tl.int32) << (4 * call + i)
     if not ALIGNED:
         bits >>= (place % 4).to(tl.int32)
-    keep = (bits[:, :, None] >> tl.arange(0, GROUP)[None, None, :]) & 1
-    keep = tl.reshape(keep, (ROWS, COLS)) == 1
+    if GROUP == 8:
+        bits = tl.interleave(bits, bits >> 4)
+    bits = tl.interleave(bits, bits >> 2)
+    keep = tl.interleave(bits, bits >> 1) & 1 == 1
 
     inside = (rows < n_rows) & (cols < n_cols)
     x = tl.load(x_ptr + address + cols, mask=inside)
@@ -150,17 +152,13 @@ def launch_block_dropout(
 
 class BlockDropout(torch.autograd.Function):
     @staticmethod
-    def forward(x, p, seed, shape, offsets):
-        return launch_block_dropout(x, p, seed, shape, offsets)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.p, ctx.seed, ctx.shape, ctx.offsets = inputs
+    def forward(ctx, x, *arguments):
+        ctx.arguments = arguments
+        return launch_block_dropout(x, *arguments)
 
     @staticmethod
     def backward(ctx, gradient):
-        arguments = ctx.p, ctx.seed, ctx.shape, ctx.offsets
-        return BlockDropout.apply(gradient, *arguments), None, None, None, None
+        return BlockDropout.apply(gradient, *ctx.arguments), None, None, None, None
 
 
 # %%
