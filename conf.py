@@ -30,6 +30,7 @@ extensions = [
     "address",
     "benchmarks.show",
     "bibliography",
+    "citations",
     "course",
     "findable",
     "fold",
