@@ -103,21 +103,35 @@ def to_arithmetic(x):
 
 
 @triton.jit
-def tile_softmax_kernel(
-    y_ptr, x_ptr, n_rows, x_row_stride, n_cols,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    n_cols *= ALIGN
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+def tile_at(rows, n_cols, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Places and masks: of the whole vectors in each row, then of its edges."""
+    start = rows * n_cols
+    begin = (start + VECTOR - 1) // VECTOR * VECTOR
+    head = (begin - start).to(tl.int32)
+    whole = tl.maximum(n_cols - head, 0) // VECTOR * VECTOR
     cols = tl.arange(0, BLOCK)[None, :]
-    mask = cols < n_cols
+    edges = tl.arange(0, 2 * VECTOR)[None, :]
+    edges = tl.where(edges < head, edges, edges + whole)
+    return begin + cols, cols < whole, start + edges, edges < n_cols
+
+
+@triton.jit
+def tile_softmax_kernel(
+    y_ptr, x_ptr, n_rows, n_cols, gap,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     # The last tile may reach beyond the last row: it reads that row again, but stores it once.
-    x_ptrs = x_ptr + tl.minimum(rows, n_rows - 1) * x_row_stride * ALIGN + cols
-    x = to_arithmetic(tl.load(x_ptrs, mask=mask, other=-float("inf")))
-    numerator = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
-    denominator = tl.sum(numerator, axis=1, keep_dims=True)
-    y_ptrs = y_ptr + rows * n_cols + cols
-    tl.store(y_ptrs, numerator / denominator, mask=mask & (rows < n_rows))
+    here = tl.minimum(rows, n_rows - 1)
+    place, mask, edge_place, edge_mask = tile_at(here, n_cols, BLOCK, VECTOR)
+    x_ptr += here * gap * VECTOR
+    x = to_arithmetic(tl.load(x_ptr + place, mask, -float("inf")))
+    edge = to_arithmetic(tl.load(x_ptr + edge_place, edge_mask, -float("inf")))
+    largest = tl.maximum(tl.max(x, 1, keep_dims=True), tl.max(edge, 1, keep_dims=True))
+    x, edge = tl.exp(x - largest), tl.exp(edge - largest)
+    factor = 1 / (tl.sum(x, 1, keep_dims=True) + tl.sum(edge, 1, keep_dims=True))
+    tl.store(y_ptr + place, x * factor, mask & (rows < n_rows))
+    tl.store(y_ptr + edge_place, edge * factor, edge_mask & (rows < n_rows))
 
 
 # %%
@@ -131,7 +145,6 @@ def tile_softmax_kernel(
 # Softmax runs over the last dimension, and each index of the dimensions before it counts as a row.
 # If neighbours in a row are not neighbours in memory, as in a transposed matrix, we copy the input.
 
-import math
 
 TILE = 4096
 
@@ -145,18 +158,19 @@ def warps(n_bytes):
     return min(max(n_bytes // (WARP * 64), 1), 1024 // WARP)
 
 
-def launch_tiles(kernel, tensors, n_rows, *widths, tile=TILE, align=True):
-    """Run a kernel on tiles. ``widths`` are row strides, if any, then the number of columns."""
-    n_cols, itemsize = widths[-1], tensors[0].element_size()
+def launch_tiles(kernel, tensors, n_rows, n_cols, *gap, tile=TILE, align=True):
+    """Run a kernel on tiles."""
+    itemsize = tensors[0].element_size()
+    VECTOR = 16 // itemsize if align else 1
     BLOCK = triton.next_power_of_2(n_cols)
     ROWS = max(tile // BLOCK, 1)
-    ALIGN = math.gcd(*widths, 16 // itemsize) if align else 1
-    # If a thread has to load elements of 2 bytes one by one, it gets half as many.
-    num_warps = warps(ROWS * BLOCK * max(itemsize, 4 // ALIGN))
-    widths = [width // ALIGN for width in widths]
+    # A thread that loads 2 bytes at a time gets fewer elements.
+    num_warps = warps(ROWS * BLOCK * max(itemsize, 4 // VECTOR))
     grid = (triton.cdiv(n_rows, ROWS),)
     with torch.cuda.device_of(tensors[0]):  # if there are several GPUs
-        kernel[grid](*tensors, n_rows, *widths, ROWS, BLOCK, ALIGN, num_warps=num_warps)
+        kernel[grid](
+            *tensors, n_rows, n_cols, *gap, ROWS, BLOCK, VECTOR, num_warps=num_warps
+        )
 
 
 def launch_tile_softmax(
@@ -165,9 +179,13 @@ def launch_tile_softmax(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() > 0:
         rows = x.resolve_neg().reshape(-1, x.shape[-1])  # z.conj().imag negates when read
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        sizes = len(rows), rows.stride(0), rows.shape[1]
+        n_rows, n_cols = rows.shape
+        gap, rest = divmod(
+            rows.stride(0) - n_cols, 16 // x.element_size() if align else 1
+        )
+        if rows.stride(1) != 1 or rest:
+            rows, gap = rows.contiguous(), 0
+        sizes = n_rows, n_cols, gap
         launch_tiles(tile_softmax_kernel, (y, rows), *sizes, tile=tile, align=align)
     return y
 
@@ -204,17 +222,18 @@ if __name__ == "__main__":
 @triton.jit
 def tile_backward_kernel(
     dx_ptr, dy_ptr, y_ptr, n_rows, n_cols,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    n_cols *= ALIGN
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.arange(0, BLOCK)[None, :]
-    mask = (rows < n_rows) & (cols < n_cols)
-    offsets = rows * n_cols + cols
-    dy = to_arithmetic(tl.load(dy_ptr + offsets, mask=mask, other=0.0))
-    y = to_arithmetic(tl.load(y_ptr + offsets, mask=mask, other=0.0))
-    dot = tl.sum(y * dy, axis=1, keep_dims=True)
-    tl.store(dx_ptr + offsets, y * (dy - dot), mask=mask)
+    place, mask, edge_place, edge_mask = tile_at(rows, n_cols, BLOCK, VECTOR)
+    mask, edge_mask = mask & (rows < n_rows), edge_mask & (rows < n_rows)
+    dy = to_arithmetic(tl.load(dy_ptr + place, mask, 0.0))
+    y = to_arithmetic(tl.load(y_ptr + place, mask, 0.0))
+    edge_dy = to_arithmetic(tl.load(dy_ptr + edge_place, edge_mask, 0.0))
+    edge_y = to_arithmetic(tl.load(y_ptr + edge_place, edge_mask, 0.0))
+    dot = tl.sum(y * dy, 1, keep_dims=True) + tl.sum(edge_y * edge_dy, 1, keep_dims=True)
+    tl.store(dx_ptr + place, y * (dy - dot), mask)
+    tl.store(dx_ptr + edge_place, edge_y * (edge_dy - dot), edge_mask)
 
 
 def launch_tile_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
