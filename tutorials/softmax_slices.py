@@ -117,6 +117,9 @@ if __name__ == "__main__":
 #
 # The kernel
 # ----------
+#
+# As in :ref:`softmax tiles`, a row is taken apart into whole vectors of 16 bytes and its edges. The
+# vectors are cut into slices, and the first slice takes the edges of both ends.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -208,9 +211,9 @@ def slice_softmax_kernel(
 # Triton's interpreter runs programs one after the other. That works here, because no program waits
 # for a later one.
 #
-# In the launch, a slice has 4096 elements, or 8192 in the backward pass, and half as many if rows
-# can begin at any address. ``lag`` is the number of slices in a row, plus the number of slices that
-# ``lag_bytes`` have room for. We found these sizes by measuring on an H100.
+# In the launch, a slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of
+# slices in a row, plus the number of slices that ``lag_bytes`` have room for. We found these sizes
+# by measuring on an H100.
 
 LAG_BYTES = 5 * 2**20
 
@@ -352,16 +355,21 @@ if __name__ == "__main__" and not INTERPRET:
 # number. The limit is a copy, and for the backward pass an addition, which reads two matrices and
 # writes one.
 
-FORWARD = "softmax", "copy", "torch.softmax", "naive, torch.compile"
-BACKWARD = "softmax, backward", "x + y", "torch.softmax, backward"
-STYLES = ("#d55e00", "-"), ("#555555", "--"), ("#0072b2", "-"), ("#009e73", "-")
+import importlib
+
+FORWARD = "softmax", "copy", "torch.softmax", "naive, torch.compile", "QuACK", "Liger"
+BACKWARD = "softmax, backward", "x + y", "torch.softmax, backward", "QuACK, backward"
+STYLES = {"softmax": "#d55e00 -", "copy": "#555555 --", "x + y": "#555555 --"}
+STYLES |= {"torch.softmax": "#0072b2 -", "naive, torch.compile": "#009e73 -"}
+STYLES |= {"QuACK": "#cc79a7 -", "Liger": "#cc79a7 :"}
 
 
 @triton.testing.perf_report([
     triton.testing.Benchmark(
-        x_names=["n_cols"], x_vals=[32768, 50257, 65536, 128256, 131072, 262144, 2**20],
+        x_names=["n_cols"], x_vals=[30522, 32768, 50257, 65536, 128256, 131072, 262144, 2**20],
         x_log=True, line_arg="line", line_vals=lines, line_names=lines,
-        styles=STYLES[: len(lines)], ylabel="GB/s", plot_name=f"{name}-{dtype}",
+        styles=[tuple(STYLES[line.removesuffix(", backward")].split()) for line in lines],
+        ylabel="GB/s", plot_name=f"{name}-{dtype}",
         xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}",
         args={"dtype": getattr(torch, dtype)},
     )
@@ -385,13 +393,25 @@ def benchmark(n_cols, dtype, line):
         "softmax, backward": lambda: launch_slice_backward(dy, y),
         "x + y": lambda: x + dy,
         "torch.softmax, backward": lambda: torch._softmax_backward_data(dy, y, -1, dtype),
+        "QuACK": lambda: importlib.import_module("quack.softmax").softmax_fwd(x),
+        "QuACK, backward": lambda: importlib.import_module("quack.softmax").softmax_bwd(
+            dy, y
+        ),
+        "Liger": lambda: importlib.import_module(
+            "liger_kernel.ops.softmax"
+        )._softmax_forward(x),
     }
+    if line.startswith(("QuACK", "Liger")):  # not installed, or it refuses the width
+        try:
+            runs[line]()
+        except Exception:
+            return float("nan")
     return speed_of(runs[line], (3 if line in BACKWARD else 2) * x.nbytes)
 
 
 if __name__ == "__main__" and not INTERPRET:
     for speed in benchmark.run(show_plots=True, return_df=True):
-        print(speed.astype(int).to_string(index=False))
+        print(speed.to_string(index=False, float_format="%.0f"))
         share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
         print(f"slices reach at least {share:.0%} of the limit\n")
 
@@ -399,13 +419,14 @@ if __name__ == "__main__" and not INTERPRET:
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # they stay well below the copy. The slices come close to the copy on an H100. An H200 computes as
 # fast but has faster memory, and there the slices stay well below the copy, too, above all in
-# bfloat16. QuACK (see the references), which is not in the figure, is faster there. It gives a row
-# to a *cluster* of programs, which exchange numbers in shared memory.
+# bfloat16. QuACK (see the references) is faster there; its line is drawn where it is installed. It
+# gives a row to a *cluster* of programs, which exchange numbers in shared memory. It refuses odd
+# widths, and Liger the widest rows.
 #
-# In bfloat16 the lowest point is 50257 columns, and in the forward pass ``torch.softmax`` is faster
-# there. Rows of an odd width can begin anywhere between two multiples of 16 bytes, so every element
-# is loaded by itself. In the backward pass in float32 the widest rows are slow as well. Its lag
-# includes a whole row of both inputs, which here is longer than the best lag of the figure above.
+# 50257 columns are only a little slower than their neighbours, although rows of an odd width can
+# begin anywhere between two multiples of 16 bytes: all but the edges is moved in whole vectors. In
+# the backward pass in float32 the widest rows are slow as well. Its lag includes a whole row of both
+# inputs, which here is longer than the best lag of the figure above.
 #
 # As a public function
 # --------------------
