@@ -119,7 +119,7 @@ if __name__ == "__main__":
 # ----------
 #
 # As in :ref:`softmax tiles`, a row is taken apart into whole vectors of 16 bytes and its edges. The
-# vectors are cut into slices, and the first slice takes the edges of both ends.
+# vectors are cut into slices, and the first slice takes the edges of both ends, if there are any.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -132,21 +132,33 @@ def to_arithmetic(x):
 
 @triton.jit
 def slice_at(
-    t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
-):
-    """Places and masks: of the whole vectors in a slice, then of the row's edges."""
+    t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr, EDGES: tl.constexpr,
+):  # fmt: skip
+    """Places and mask of the whole vectors in a slice."""
     t = tl.maximum(t, 0)  # below 0 if there is no older slice
-    number = (t % SLICES).to(tl.int32)
+    whole = n_cols // VECTOR * VECTOR
+    begin = t // SLICES * whole
+    if EDGES:
+        start = t // SLICES * n_cols
+        begin = (start + VECTOR - 1) // VECTOR * VECTOR
+        whole = tl.maximum(n_cols - (begin - start).to(tl.int32), 0) // VECTOR * VECTOR
+    cols = (t % SLICES).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    return begin + cols, cols < tl.where(exists, whole, 0)
+
+
+@triton.jit
+def edges_at(t, exists, n_cols, SLICES: tl.constexpr, EDGES: tl.constexpr):
+    """Places and mask of the row's edges, if slice t is the first of its row."""
+    VECTOR: tl.constexpr = EDGES // 2
+    t = tl.maximum(t, 0)
     start = t // SLICES * n_cols
-    begin = (start + VECTOR - 1) // VECTOR * VECTOR
-    head = (begin - start).to(tl.int32)
-    n_cols = tl.where(exists, n_cols, 0)
+    head = ((VECTOR - start % VECTOR) % VECTOR).to(tl.int32)
     whole = tl.maximum(n_cols - head, 0) // VECTOR * VECTOR
-    cols = number * BLOCK + tl.arange(0, BLOCK)
-    edges = tl.arange(0, 2 * VECTOR)
-    edges = tl.where(edges < head, edges, edges + whole)
-    first_only = tl.where(number == 0, n_cols, 0)
-    return begin + cols, cols < whole, start + edges, edges < first_only
+    cols = tl.arange(0, EDGES)
+    cols = tl.where(cols < head, cols, cols + whole)
+    end = tl.where(exists, tl.where(t % SLICES == 0, n_cols, 0), 0)
+    return start + cols, cols < end
 
 
 @triton.jit
@@ -169,6 +181,7 @@ def slice_wait(ptr, n_words, BLOCK: tl.constexpr):
 def slice_softmax_kernel(
     y_ptr, x_ptr, stats_ptr, n_slices, lag, n_cols,
     SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    EDGES: tl.constexpr,
 ):  # fmt: skip
     # The counter is the first word of stats. It starts at -1, too, hence the + 1.
     t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
@@ -176,35 +189,38 @@ def slice_softmax_kernel(
     u = t - lag
     # Start all loads before using one. What is read first should stay in the cache
     # (evict_last), and what is read for the last time, or written, may go (evict_first).
-    INF: tl.constexpr = float("inf")
-    place, mask, edges, edge_mask = slice_at(
-        t, t < n_slices, n_cols, SLICES, BLOCK, VECTOR
-    )
-    new = tl.load(x_ptr + place, mask, -INF, eviction_policy="evict_last")
-    new_edge = tl.load(x_ptr + edges, edge_mask, -INF, eviction_policy="evict_last")
-    place, mask, edges, edge_mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK, VECTOR)
-    x = tl.load(x_ptr + place, mask, -INF, eviction_policy="evict_first")
-    edge = tl.load(x_ptr + edges, edge_mask, -INF, eviction_policy="evict_first")
+    place, mask = slice_at(t, t < n_slices, n_cols, SLICES, BLOCK, VECTOR, EDGES)
+    new = tl.load(x_ptr + place, mask, -float("inf"), eviction_policy="evict_last")
+    place, mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK, VECTOR, EDGES)
+    x = tl.load(x_ptr + place, mask, -float("inf"), eviction_policy="evict_first")
+    if EDGES:
+        edges, edge_mask = edges_at(t, t < n_slices, n_cols, SLICES, EDGES)
+        new_edge = to_arithmetic(tl.load(x_ptr + edges, edge_mask, -float("inf")))
+        edges, edge_mask = edges_at(u, u >= 0, n_cols, SLICES, EDGES)
+        edge = to_arithmetic(tl.load(x_ptr + edges, edge_mask, -float("inf")))
 
-    new, new_edge = to_arithmetic(new), to_arithmetic(new_edge)
-    new_max = tl.maximum(tl.max(new, axis=0), tl.max(new_edge, axis=0))
+    new = to_arithmetic(new)
+    new_max = tl.max(new, axis=0)
+    if EDGES:
+        new_max = tl.maximum(new_max, tl.max(new_edge, axis=0))
     # In a slice of nothing but -inf, -inf - -inf would be NaN, but its sum is 0.
-    shift = tl.where(new_max == -INF, 0.0, new_max)
-    new_sum = tl.sum(tl.exp(new - shift), axis=0) + tl.sum(
-        tl.exp(new_edge - shift), axis=0
-    )
+    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+    new_sum = tl.sum(tl.exp(new - shift), axis=0)
+    if EDGES:
+        new_sum += tl.sum(tl.exp(new_edge - shift), axis=0)
     slice_publish(stats_ptr + 2 * t, new_max, t < n_slices)
     slice_publish(stats_ptr + 2 * t + 1, new_sum, t < n_slices)
 
     if u >= 0:
         words = slice_wait(stats_ptr + 2 * (u // SLICES * SLICES), 2 * SLICES, 2 * WORDS)
         maxima, sums = tl.split(tl.reshape(words.to(new.dtype, bitcast=True), (WORDS, 2)))
-        maxima = tl.where(tl.arange(0, WORDS) < SLICES, maxima, -INF)
+        maxima = tl.where(tl.arange(0, WORDS) < SLICES, maxima, -float("inf"))
         row_max = tl.max(maxima, axis=0)
-        factor = 1 / tl.sum(sums * tl.exp(maxima - row_max), axis=0)
-        y = tl.exp(to_arithmetic(x) - row_max) * factor
+        row_sum = tl.sum(sums * tl.exp(maxima - row_max), axis=0)
+        y = tl.exp(x - row_max) * (1 / row_sum)
         tl.store(y_ptr + place, y, mask, eviction_policy="evict_first")
-        tl.store(y_ptr + edges, tl.exp(to_arithmetic(edge) - row_max) * factor, edge_mask)
+        if EDGES:
+            tl.store(y_ptr + edges, tl.exp(edge - row_max) * (1 / row_sum), edge_mask)
 
 
 # %%
@@ -228,6 +244,8 @@ def launch_slices(kernel, lag_bytes, *inputs):
         return out
     inputs = [x.resolve_neg().contiguous() for x in inputs]
     n_cols, itemsize = out.shape[-1], out.element_size()
+    VECTOR = 16 // itemsize
+    EDGES = 2 * VECTOR if n_cols % VECTOR else 0
     BLOCK = 4096 * len(inputs)
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
@@ -241,7 +259,7 @@ def launch_slices(kernel, lag_bytes, *inputs):
     with torch.cuda.device_of(out):  # if there are several GPUs
         kernel[(n_slices + lag,)](
             out, *inputs, stats, n_slices, lag, n_cols,
-            SLICES, WORDS, BLOCK, 16 // itemsize, num_warps=num_warps,
+            SLICES, WORDS, BLOCK, VECTOR, EDGES, num_warps=num_warps,
         )  # fmt: skip
     return out
 
@@ -262,32 +280,35 @@ def launch_slice_softmax(x: torch.Tensor, lag_bytes: int = LAG_BYTES) -> torch.T
 def slice_backward_kernel(
     dx_ptr, dy_ptr, y_ptr, stats_ptr, n_slices, lag, n_cols,
     SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    EDGES: tl.constexpr,
 ):  # fmt: skip
     t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
     stats_ptr += 2
     u = t - lag
-    place, mask, edges, edge_mask = slice_at(
-        t, t < n_slices, n_cols, SLICES, BLOCK, VECTOR
-    )
+    place, mask = slice_at(t, t < n_slices, n_cols, SLICES, BLOCK, VECTOR, EDGES)
     new_dy = tl.load(dy_ptr + place, mask, 0.0, eviction_policy="evict_last")
     new_y = tl.load(y_ptr + place, mask, 0.0, eviction_policy="evict_last")
-    new_edge_dy = tl.load(dy_ptr + edges, edge_mask, 0.0, eviction_policy="evict_last")
-    new_edge_y = tl.load(y_ptr + edges, edge_mask, 0.0, eviction_policy="evict_last")
-    place, mask, edges, edge_mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK, VECTOR)
+    place, mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK, VECTOR, EDGES)
     dy = tl.load(dy_ptr + place, mask, 0.0, eviction_policy="evict_first")
     y = tl.load(y_ptr + place, mask, 0.0, eviction_policy="evict_first")
-    edge_dy = tl.load(dy_ptr + edges, edge_mask, 0.0, eviction_policy="evict_first")
-    edge_y = tl.load(y_ptr + edges, edge_mask, 0.0, eviction_policy="evict_first")
-
     dot = tl.sum(to_arithmetic(new_y) * to_arithmetic(new_dy), axis=0)
-    dot += tl.sum(to_arithmetic(new_edge_y) * to_arithmetic(new_edge_dy), axis=0)
+    if EDGES:
+        edges, edge_mask = edges_at(t, t < n_slices, n_cols, SLICES, EDGES)
+        edge_dy = to_arithmetic(tl.load(dy_ptr + edges, edge_mask, 0.0))
+        dot += tl.sum(
+            edge_dy * to_arithmetic(tl.load(y_ptr + edges, edge_mask, 0.0)), axis=0
+        )
+        edges, edge_mask = edges_at(u, u >= 0, n_cols, SLICES, EDGES)
+        edge_dy = to_arithmetic(tl.load(dy_ptr + edges, edge_mask, 0.0))
+        edge_y = to_arithmetic(tl.load(y_ptr + edges, edge_mask, 0.0))
     slice_publish(stats_ptr + t, dot, t < n_slices)
 
     if u >= 0:
         words = slice_wait(stats_ptr + u // SLICES * SLICES, SLICES, WORDS)
         row_dot = tl.sum(words.to(dot.dtype, bitcast=True), axis=0)
         tl.store(dx_ptr + place, y * (dy - row_dot), mask, eviction_policy="evict_first")
-        tl.store(dx_ptr + edges, edge_y * (edge_dy - row_dot), edge_mask)
+        if EDGES:
+            tl.store(dx_ptr + edges, edge_y * (edge_dy - row_dot), edge_mask)
 
 
 def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
