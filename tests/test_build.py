@@ -396,6 +396,23 @@ def test_a_figure_has_an_alternative_that_tells_what_it_shows(project):
     assert "sphx-glr-single-img" in image["class"]
 
 
+PICTURES = """
+import matplotlib.pyplot as plt
+figure, axes = plt.subplots(1, 2)
+for axis, title in zip(axes, ("kept", "again")):
+    axis.imshow([[0, 1], [0, 0]])
+    axis.set_title(title)
+"""
+
+
+def test_a_picture_s_alternative_tells_how_many_cells_are_filled(project):
+    project.write("first", "one", then=PICTURES)
+    project.ran()
+    image = BeautifulSoup(project.page("first"), "html.parser").select_one("article img")
+    first = "kept: picture 1, 2 by 2 cells, 25% of them not 0"
+    assert image["alt"] == f"{first}. again: picture 2, the same as picture 1"
+
+
 FIGURE = """
 import matplotlib.pyplot as plt
 MACHINE = "no GPU, 2026-01-02"
