@@ -35,6 +35,7 @@ extensions = [
     "findable",
     "fold",
     "glossary_links",
+    "roofline",
     "large_figures",
     "lesson_runs",
     "made_below",

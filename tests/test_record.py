@@ -6,7 +6,7 @@ import sys
 import matplotlib
 import pandas as pd
 import pytest
-from benchmarks import draw, nvml, record, schema
+from benchmarks import draw, nvml, record, schema, show
 
 LESSON = """
 import triton
@@ -302,6 +302,21 @@ def test_of_times_the_shorter_is_the_better():
     assert stand.loc[2**28].tolist() == [0.5, "copy", 1.5, "F.dropout"]
     title = "ours: 50% of “copy”, 1.50 times “F.dropout”"
     assert draw.message(benchmark, table) == title
+
+
+def test_sizes_at_which_the_limit_is_a_launch_are_not_losses():
+    facts = {"xlabel": "n", "x_log": True, "y_log": False, "commit": "", "date": ""}
+    table = pd.DataFrame(
+        {"ours": [1.0, 2, 3], "copy": [1.0, 49, 100]}, [2**10, 2**20, 2**28]
+    )
+    lines = schema.roles({"ours": STYLES["ours"], "copy": STYLES["copy"]})
+    speed = schema.Benchmark(**facts, unit="GB/s", lines=lines)
+    assert show.busy(speed, table) == [False, False, True]
+    time = schema.Benchmark(**facts, unit="ms", lines=lines)
+    assert show.busy(time, table) == [True] * 3
+    del lines["copy"]
+    no_limit = schema.Benchmark(**facts, unit="GB/s", lines=lines)
+    assert show.busy(no_limit, table[["ours"]]) == [True] * 3
 
 
 def test_the_gpu_that_comes_first_is_a_setting(recorder):

@@ -113,6 +113,16 @@ class SharedDropout(torch.autograd.Function):
         return SharedDropout.apply(gradient, ctx.p, *ctx.saved_tensors), None, None
 
 
+quick_apply = super(torch.autograd.Function, SharedDropout).apply
+
+
+def apply(*arguments):
+    # Function.apply is slow, because it looks up names for the compiler and torch.func.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return SharedDropout.apply(*arguments)
+    return quick_apply(*arguments)
+
+
 # %%
 # ``LockedDropout`` has one mask for all time steps, ``WeightDrop`` drops some weights of a module,
 # here an LSTM, and ``EmbeddingDropout`` drops whole words.
@@ -123,7 +133,7 @@ from torch.func import functional_call
 def shared_dropout(x, p):
     if not 0 <= p < 1:
         raise ValueError(f"a rate of dropout must be in [0, 1), got {p}")
-    return SharedDropout.apply(x, p, torch.randint(2**62, (1,), device=x.device))
+    return apply(x, p, torch.randint(2**62, (1,), device=x.device))
 
 
 class LockedDropout(torch.nn.Module):

@@ -24,6 +24,7 @@ from . import draw, schema
 
 CELL = "\n.. GENERATED FROM PYTHON SOURCE LINES"  # begins each cell of a lesson
 AGREE = 0.1  # runs that differ by more than this share of their values prove nothing
+BUSY = 0.5  # a limit below this share of its largest value shows the time of a launch
 
 
 def machines(app):
@@ -218,8 +219,16 @@ class Results(Table):
         ]
 
 
+def busy(benchmark, table):
+    """At which sizes the work takes longer than its launch, by the speed of the limit."""
+    limit = table[benchmark.named("limit")]
+    if limit.empty or benchmark.unit != "GB/s":
+        return [True] * len(table)
+    return (limit >= BUSY * limit.max()).all(axis=1).tolist()
+
+
 class Losses(Table):
-    """Where each kernel does worst, of the sizes at which the runs agree."""
+    """Where each kernel does worst, of the sizes that keep the GPU busy and at which the runs agree."""
 
     headers = (
         "least share of the limit",
@@ -232,6 +241,7 @@ class Losses(Table):
     def row(self, machine, benchmark, stand):
         noise = machine.read(benchmark.name, ", spread") / machine.read(benchmark.name)
         kernel, row = benchmark.named("kernel")[0], []
+        stand = stand[busy(benchmark, machine.read(benchmark.name))]
         for key in ("limit", "peer"):
             share, names = stand[key].dropna(), stand[f"{key} name"]
             calm = [
