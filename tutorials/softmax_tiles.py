@@ -86,12 +86,16 @@ if __name__ == "__main__":
 #
 # And with 5001 columns most rows do begin between two such addresses.
 #
-# So the kernel takes each row apart. ``VECTOR`` is the number of elements in 16 bytes. A row's *whole
+# So the kernel takes rows apart. ``VECTOR`` is the number of elements in 16 bytes. A row's *whole
 # vectors* are the elements from the first multiple of 16 bytes in the row up to the last one. Before
 # and behind them lie the *edges*, fewer than ``2 * VECTOR`` elements together. ``tile_at`` computes
 # where the vectors ``begin``. It divides and multiplies by ``VECTOR``, a ``tl.constexpr`` that the
 # compiler knows, so the compiler is certain that ``begin`` is a multiple of it, and ``whole``, at
 # which the mask ends, is another. The edges are loaded one by one, but they are few.
+#
+# Where all rows begin at multiples of 16 bytes there are no edges, and ``EDGES`` is 0. It is 0 also
+# for tiles of several short rows, where edges would be a large part. There ``VECTOR`` is made smaller
+# until it divides the width.
 #
 # The kernel
 # ----------
@@ -108,34 +112,51 @@ def to_arithmetic(x):
 
 @triton.jit
 def tile_at(rows, n_cols, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """Places and masks: of the whole vectors in each row, then of its edges."""
+    """Places and mask of the whole vectors in each row."""
     start = rows * n_cols
     begin = (start + VECTOR - 1) // VECTOR * VECTOR
-    head = (begin - start).to(tl.int32)
-    whole = tl.maximum(n_cols - head, 0) // VECTOR * VECTOR
+    whole = tl.maximum(n_cols - (begin - start).to(tl.int32), 0) // VECTOR * VECTOR
     cols = tl.arange(0, BLOCK)[None, :]
-    edges = tl.arange(0, 2 * VECTOR)[None, :]
-    edges = tl.where(edges < head, edges, edges + whole)
-    return begin + cols, cols < whole, start + edges, edges < n_cols
+    return begin + cols, cols < whole
+
+
+@triton.jit
+def edges_at(row, n_cols, EDGES: tl.constexpr):
+    """Places and mask of what lies before and behind the whole vectors of a row."""
+    VECTOR: tl.constexpr = EDGES // 2
+    start = row * n_cols
+    head = ((VECTOR - start % VECTOR) % VECTOR).to(tl.int32)
+    whole = tl.maximum(n_cols - head, 0) // VECTOR * VECTOR
+    cols = tl.arange(0, EDGES)
+    cols = tl.where(cols < head, cols, cols + whole)
+    return start + cols, cols < n_cols
 
 
 @triton.jit
 def tile_softmax_kernel(
     y_ptr, x_ptr, n_rows, n_cols, gap,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    pid = tl.program_id(0).to(tl.int64)
+    rows = pid * ROWS + tl.arange(0, ROWS)[:, None]
     # The last tile may reach beyond the last row: it reads that row again, but stores it once.
-    here = tl.minimum(rows, n_rows - 1)
-    place, mask, edge_place, edge_mask = tile_at(here, n_cols, BLOCK, VECTOR)
-    x_ptr += here * gap * VECTOR
-    x = to_arithmetic(tl.load(x_ptr + place, mask, -float("inf")))
-    edge = to_arithmetic(tl.load(x_ptr + edge_place, edge_mask, -float("inf")))
-    largest = tl.maximum(tl.max(x, 1, keep_dims=True), tl.max(edge, 1, keep_dims=True))
-    x, edge = tl.exp(x - largest), tl.exp(edge - largest)
-    factor = 1 / (tl.sum(x, 1, keep_dims=True) + tl.sum(edge, 1, keep_dims=True))
-    tl.store(y_ptr + place, x * factor, mask & (rows < n_rows))
-    tl.store(y_ptr + edge_place, edge * factor, edge_mask & (rows < n_rows))
+    row = tl.minimum(rows, n_rows - 1)
+    place, mask = tile_at(row, n_cols, BLOCK, VECTOR)
+    x_place = place + row * gap * VECTOR
+    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=-float("inf")))
+    largest = tl.max(x, axis=1, keep_dims=True)
+    if EDGES:  # of the only row
+        edges, edge_mask = edges_at(pid, n_cols, EDGES)
+        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=-float("inf"))
+        edge = to_arithmetic(edge)
+        largest = tl.maximum(largest, tl.max(edge, axis=0))
+    numerator = tl.exp(x - largest)
+    denominator = tl.sum(numerator, axis=1, keep_dims=True)
+    if EDGES:
+        edge = tl.exp(edge - tl.max(largest))
+        denominator += tl.sum(edge, axis=0)
+        tl.store(y_ptr + edges, edge / tl.max(denominator), edge_mask)
+    tl.store(y_ptr + place, numerator / denominator, mask & (rows < n_rows))
 
 
 # %%
@@ -149,9 +170,10 @@ def tile_softmax_kernel(
 # Softmax runs over the last dimension, and each index of the dimensions before it counts as a row.
 # If neighbours in a row are not neighbours in memory, as in a transposed matrix, we copy the input.
 # Rows of the input may lie further apart than those of the result, as when you cut columns off a
-# matrix. ``gap`` is the difference, in vectors. If it is no whole number of vectors, the whole
-# vectors of the input and of the result don't match, and we copy as well.
+# matrix. ``gap`` is the difference.
 
+
+import math
 
 TILE = 4096
 
@@ -166,18 +188,21 @@ def warps(n_bytes):
 
 
 def launch_tiles(kernel, tensors, n_rows, n_cols, *gap, tile=TILE, align=True):
-    """Run a kernel on tiles."""
-    itemsize = tensors[0].element_size()
-    VECTOR = 16 // itemsize if align else 1
+    """Run a kernel on tiles. ``gap``: how much further apart the input's rows are, if they may."""
+    itemsize, extra = tensors[0].element_size(), sum(gap)
     BLOCK = triton.next_power_of_2(n_cols)
     ROWS = max(tile // BLOCK, 1)
+    VECTOR, EDGES = 16 // itemsize if align else 1, 0
+    if ROWS == 1 and n_cols % VECTOR and extra % VECTOR == 0:
+        EDGES = 2 * VECTOR
+    else:
+        VECTOR = math.gcd(n_cols, extra, VECTOR)
     # A thread that loads 2 bytes at a time gets fewer elements.
     num_warps = warps(ROWS * BLOCK * max(itemsize, 4 // VECTOR))
+    sizes = n_rows, n_cols, *(g // VECTOR for g in gap)
     grid = (triton.cdiv(n_rows, ROWS),)
     with torch.cuda.device_of(tensors[0]):  # if there are several GPUs
-        kernel[grid](
-            *tensors, n_rows, n_cols, *gap, ROWS, BLOCK, VECTOR, num_warps=num_warps
-        )
+        kernel[grid](*tensors, *sizes, ROWS, BLOCK, VECTOR, EDGES, num_warps=num_warps)
 
 
 def launch_tile_softmax(
@@ -186,13 +211,10 @@ def launch_tile_softmax(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() > 0:
         rows = x.resolve_neg().reshape(-1, x.shape[-1])  # z.conj().imag negates when read
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
         n_rows, n_cols = rows.shape
-        gap, rest = divmod(
-            rows.stride(0) - n_cols, 16 // x.element_size() if align else 1
-        )
-        if rows.stride(1) != 1 or rest:
-            rows, gap = rows.contiguous(), 0
-        sizes = n_rows, n_cols, gap
+        sizes = n_rows, n_cols, rows.stride(0) - n_cols
         launch_tiles(tile_softmax_kernel, (y, rows), *sizes, tile=tile, align=align)
     return y
 
@@ -229,18 +251,22 @@ if __name__ == "__main__":
 @triton.jit
 def tile_backward_kernel(
     dx_ptr, dy_ptr, y_ptr, n_rows, n_cols,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    place, mask, edge_place, edge_mask = tile_at(rows, n_cols, BLOCK, VECTOR)
-    mask, edge_mask = mask & (rows < n_rows), edge_mask & (rows < n_rows)
-    dy = to_arithmetic(tl.load(dy_ptr + place, mask, 0.0))
-    y = to_arithmetic(tl.load(y_ptr + place, mask, 0.0))
-    edge_dy = to_arithmetic(tl.load(dy_ptr + edge_place, edge_mask, 0.0))
-    edge_y = to_arithmetic(tl.load(y_ptr + edge_place, edge_mask, 0.0))
-    dot = tl.sum(y * dy, 1, keep_dims=True) + tl.sum(edge_y * edge_dy, 1, keep_dims=True)
-    tl.store(dx_ptr + place, y * (dy - dot), mask)
-    tl.store(dx_ptr + edge_place, edge_y * (edge_dy - dot), edge_mask)
+    pid = tl.program_id(0).to(tl.int64)
+    rows = pid * ROWS + tl.arange(0, ROWS)[:, None]
+    place, mask = tile_at(rows, n_cols, BLOCK, VECTOR)
+    mask &= rows < n_rows
+    dy = to_arithmetic(tl.load(dy_ptr + place, mask=mask, other=0.0))
+    y = to_arithmetic(tl.load(y_ptr + place, mask=mask, other=0.0))
+    dot = tl.sum(y * dy, axis=1, keep_dims=True)
+    if EDGES:
+        edges, edge_mask = edges_at(pid, n_cols, EDGES)
+        edge_dy = to_arithmetic(tl.load(dy_ptr + edges, mask=edge_mask, other=0.0))
+        edge_y = to_arithmetic(tl.load(y_ptr + edges, mask=edge_mask, other=0.0))
+        dot += tl.sum(edge_y * edge_dy, axis=0)
+        tl.store(dx_ptr + edges, edge_y * (edge_dy - tl.max(dot)), mask=edge_mask)
+    tl.store(dx_ptr + place, y * (dy - dot), mask=mask)
 
 
 def launch_tile_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -493,15 +519,27 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #       .. code-block:: diff
 #
-#          -    x = to_arithmetic(tl.load(x_ptr + place, mask, -float("inf")))
-#          -    edge = to_arithmetic(tl.load(x_ptr + edge_place, edge_mask, -float("inf")))
-#          -    largest = tl.maximum(tl.max(x, 1, keep_dims=True), tl.max(edge, 1, keep_dims=True))
-#          -    x, edge = tl.exp(x - largest), tl.exp(edge - largest)
-#          -    factor = 1 / (tl.sum(x, 1, keep_dims=True) + tl.sum(edge, 1, keep_dims=True))
-#          +    x = to_arithmetic(tl.load(x_ptr + place, mask, 0.0))
-#          +    edge = to_arithmetic(tl.load(x_ptr + edge_place, edge_mask, 0.0))
-#          +    squares = tl.sum(x * x, 1, keep_dims=True) + tl.sum(edge * edge, 1, keep_dims=True)
-#          +    factor = tl.rsqrt(squares / n_cols + 1e-6)
+#          -    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=-float("inf")))
+#          -    largest = tl.max(x, axis=1, keep_dims=True)
+#          +    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=0.0))
+#          +    squares = tl.sum(x * x, axis=1, keep_dims=True)
+#               if EDGES:  # of the only row
+#                   edges, edge_mask = edges_at(pid, n_cols, EDGES)
+#          -        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=-float("inf"))
+#          +        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=0.0)
+#                   edge = to_arithmetic(edge)
+#          -        largest = tl.maximum(largest, tl.max(edge, axis=0))
+#          -    numerator = tl.exp(x - largest)
+#          -    denominator = tl.sum(numerator, axis=1, keep_dims=True)
+#          +        squares += tl.sum(edge * edge, axis=0)
+#          +    root = tl.sqrt(squares / n_cols + 1e-6)
+#               if EDGES:
+#          -        edge = tl.exp(edge - tl.max(largest))
+#          -        denominator += tl.sum(edge, axis=0)
+#          -        tl.store(y_ptr + edges, edge / tl.max(denominator), edge_mask)
+#          -    tl.store(y_ptr + place, numerator / denominator, mask & (rows < n_rows))
+#          +        tl.store(y_ptr + edges, edge / tl.max(root), edge_mask)
+#          +    tl.store(y_ptr + place, x / root, mask & (rows < n_rows))
 #
 # References
 # ----------
