@@ -291,6 +291,8 @@ def test_a_site_with_an_address_and_a_repository_says_so(project):
         'property="og:image" content="https://example.org/kernels/(.*?)"', page
     )
     assert (project.site / card).exists()
+    promise = re.findall('(?:name|property)="(?:og:)?description" content="(.*?)"', page)
+    assert len(promise) == 2 and len(set(promise)) == 1 and "lesson" not in promise[0]
     assert address in (project.site / "sitemap.xml").read_text()
     assert 'href="/kernels/index.html"' in (project.site / "404.html").read_text()
     assert "edit/main/docs/index.md" in (project.site / "index.html").read_text()

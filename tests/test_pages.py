@@ -135,7 +135,7 @@ def test_entries_are_sorted_by_the_first_authors_family_name(entry, name):
     ("text", "found"),
     [
         ("as Li, Hastie and Church showed", "Li, Hastie and Church"),
-        ("once (Li et al., 2006).", "Li et al., 2006"),
+        ("once (Li et al.,\n2006).", "Li et al.,\n2006"),
         ("Li, and later Church", "Li"),
         ("a Li-Church transform; Linear; Church", None),
     ],
