@@ -180,8 +180,8 @@ def test_gradients_of_any_layout(randn, layout):
 
 def test_gradients_of_first_and_second_order(randn):
     x = randn(2, 3, 5, dtype=torch.float64).requires_grad_()
-    torch.autograd.gradcheck(tile_softmax, x)
-    torch.autograd.gradgradcheck(tile_softmax, x)
+    torch.autograd.gradcheck(tile_softmax, x, fast_mode=True)
+    torch.autograd.gradgradcheck(tile_softmax, x, fast_mode=True)
 
 
 def test_a_gradient_that_can_be_differentiated_is_the_same(randn, dtype):
