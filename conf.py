@@ -65,7 +65,14 @@ course = {
         "sparse_johnson_lindenstrauss",
         "very_sparse_projection",
     ],
-    "Recurrent": ["recurrent_dropout", "language_model", "fused_lstm", "captured_lstm"],
+    "Recurrent": [
+        "recurrent_dropout",
+        "language_model",
+        "fused_lstm",
+        "sequence_lstm",
+        "sequence_backward",
+        "lstm_module",
+    ],
     "On many GPUs": ["block_dropout", "sharded_dropout"],
 }
 

@@ -110,11 +110,50 @@ def language_model(lesson):
         both_ways(lesson.shared_dropout(x, 0.5))
 
 
-def captured_lstm(lesson):
-    fused_lstm(lesson)
-
-
 def fused_lstm(lesson):
+    for dtype in FLOATS:
+        for arguments in sequences(lesson, dtype, [(3, 200)]):
+            h, c, gates = lesson.launch_steps(*arguments)
+            _, weight, *_, lengths, p, seed = arguments
+            lesson.launch_steps_backward(h, c, gates, weight, h, c, lengths, p, seed)
+
+
+def sequences(lesson, dtype, sizes):
+    """Arguments of a launch of all steps, with one mask and with four."""
+    for G in (1, 4):
+        for n_sequences, n_units in sizes:
+            x = torch.empty(3, n_sequences, 4, n_units, dtype=dtype)
+            weight = torch.empty(G, 4 * n_units // G, n_units, dtype=dtype)
+            states = torch.empty(2, n_sequences, n_units, dtype=dtype)
+            lengths = torch.full((n_sequences,), 3)
+            yield x, weight, *states, lengths, 0.5, torch.zeros(1, dtype=torch.int64)
+
+
+# On a GPU of 100 multiprocessors, each for a block of another size.
+BLOCKS = [(1, 128), (80, 768), (80, 1024), (80, 1152), (80, 2048)]
+
+
+def sequence_lstm(lesson):
+    for dtype in FLOATS:
+        for arguments in sequences(
+            lesson, dtype, BLOCKS[: 1 if dtype == torch.float64 else 5]
+        ):
+            lesson.launch_sequence(*arguments)
+    lesson.launch_barriers(8)
+
+
+def sequence_backward(lesson):
+    for dtype in FLOATS:
+        for arguments in sequences(
+            lesson, dtype, BLOCKS[: 1 if dtype == torch.float64 else 5]
+        ):
+            h, c, gates = lesson.launch_sequence(*arguments)
+            _, weight, h0, _, lengths, p, seed = arguments
+            saved = gates, weight, h, c, lengths, h0.shape[1], p, seed
+            lesson.launch_sequence_backward(h, c, *saved)
+
+
+def lstm_module(lesson):
     for dtype in FLOATS:
         for implementation in (1, 2):
             lstm = lesson.LSTM(
@@ -136,7 +175,7 @@ def sharded_dropout(lesson):
         both_ways(lesson.BlockDropout.apply(x, 0.5, 7, [200, 2000], [4, 4]))
 
 
-NOT_LESSONS = (floats, both_ways)
+NOT_LESSONS = (floats, both_ways, sequences)
 CALLS = {
     name: call
     for name, call in globals().items()

@@ -328,49 +328,84 @@ def loop_with_masks(lesson, lstm, x, mask_of):
     return torch.stack(outputs)
 
 
-def compare_with_loop(lesson, implementation, masks):
+def compare_with_loop(lesson, G, masks):
+    """The launches of the lesson, forward and backward, against a loop with these masks."""
     torch.manual_seed(0)
     T, B, F, H = 5, 3, 4, 16
-    lstm = lesson.LSTM(F, H, recurrent_dropout=0.4, implementation=implementation)
-    lstm = lstm.to(DEVICE, torch.float64)
-    x = torch.randn(T, B, F, device=DEVICE, dtype=torch.float64, requires_grad=True)
-    G = 4 if implementation == 1 else 1
-    results = []
-    for plain in (False, True):
-        torch.manual_seed(1)
-        if plain:
-            seed = torch.randint(2**62, (2,), device=DEVICE)[1:]
-            # All steps as one step of more sequences: row t * B + b of the counter.
-            ones = torch.ones(G, 1, T * B, H, device=DEVICE, dtype=torch.float64)
-            drawn = lesson.gate_dropout(ones, 0.4, seed).view(G, T, B, H)
-            y = loop_with_masks(
-                lesson, lstm, x, lambda t, drawn=drawn: masks(drawn[:, t])
-            )
-        else:
-            y = lstm(x)[0]
-        inputs = [x, *lstm.parameters()]
-        results.append([y, *torch.autograd.grad(y.sin().sum(), inputs)])
-    torch.testing.assert_close(*results)
+    lstm = torch.nn.LSTM(F, H).to(DEVICE, torch.float64)
+    x = torch.randn(T, B, F, device=DEVICE, dtype=torch.float64)
+    seed = torch.tensor([9], device=DEVICE)
+    # All steps as one step of more sequences: row t * B + b of the counter.
+    ones = x.new_ones(G, 1, T * B, H)
+    drawn = lesson.launch_gate_dropout(ones, 0.4, seed).view(G, T, B, H)
+    y = loop_with_masks(lesson, lstm, x, lambda t: masks(drawn[:, t]))
+    dy = torch.randn_like(y)
+    wanted = torch.autograd.grad(y, (lstm.weight_hh_l0, lstm.bias_hh_l0), dy)
+    with torch.no_grad():
+        gates = x @ lstm.weight_ih_l0.T + lstm.bias_ih_l0 + lstm.bias_hh_l0
+        gates, U = gates.view(T, B, 4, H), lstm.weight_hh_l0.view(G, -1, H)
+        lengths, zeros = torch.full((B,), T, device=DEVICE), x.new_zeros(B, H)
+        h, c, gates = lesson.launch_steps(gates, U, zeros, zeros, lengths, 0.4, seed)
+        dh = torch.cat([torch.zeros_like(dy[:1]), dy])
+        d_gates, d_weight, _, _ = lesson.launch_steps_backward(
+            dh, torch.zeros_like(c), gates, U, h, c, lengths, 0.4, seed
+        )
+    torch.testing.assert_close(h[1:], y)
+    torch.testing.assert_close(d_weight.flatten(0, 1), wanted[0])
+    torch.testing.assert_close(d_gates.sum((0, 1)).flatten(), wanted[1])
 
 
-def test_without_units_that_stay_zero(changed):
+@pytest.mark.parametrize("G", [1, 4])
+def test_zoneout_in_one_launch(changed, G):
+    """With rate 0.4, for h and c apart, anew at each step; ends of sequences as before."""
+    lesson = changed("sequence_lstm", 1, "Is it right?")
+    T, B, H = 5, 19, 16 if DEVICE == "cpu" else 128
+    like = {"device": DEVICE, "dtype": torch.float64}
+    torch.manual_seed(0)
+    x, weight = torch.randn(T, B, 4, H, **like), torch.randn(G, 4 * H // G, H, **like)
+    h, c = torch.randn(2, B, H, **like)
+    ends = torch.arange(B, device=DEVICE) % (T + 1)
+    seed = torch.tensor([9], device=DEVICE)
+    got, cells, _ = lesson.launch_sequence(x, weight, h, c, ends, 0.4, seed)
+
+    rows = torch.ones(4, 1, (T + 1) * B, H, **like)
+    kept = lesson.launch_gate_dropout(rows, 0.4, seed).view(4, T + 1, B, H) == 0
+    for t, step in enumerate(x):
+        gates = step + torch.cat([h @ part.T for part in weight], dim=1).view(B, 4, H)
+        i, f, g, o = gates.unbind(1)
+        new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        new_h = o.sigmoid() * new_c.tanh()
+        c = torch.where(kept[0, t + 1], c, new_c)
+        h = torch.where(kept[1, t + 1], h, new_h)
+        running = (t < ends)[:, None]
+        h, c = h * running, c * running
+        torch.testing.assert_close((got[t + 1], cells[t + 1]), (h, c))
+
+
+def test_both_directions(solve):
+    from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+    solution = solve("lstm_module", 1)
+    x, lengths = torch.randn(5, 3, 4, device=DEVICE, dtype=torch.float64), [5, 3, 2]
+    reference = torch.nn.LSTM(4, 7, bidirectional=True).to(x)
+    both = [solution.LSTM(4, 7).to(x) for _ in range(2)]
+    for lstm, suffix in zip(both, ("", "_reverse"), strict=True):
+        for name, parameter in lstm.named_parameters():
+            parameter.data.copy_(getattr(reference, name + suffix))
+    got = solution.both_directions(*both, x, lengths)
+    expected, _ = pad_packed_sequence(reference(pack_padded_sequence(x, lengths))[0])
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("G", [1, 4])
+def test_a_new_recurrent_mask_at_each_step(changed, G):
     lesson = changed("fused_lstm", 1, "Is it right?")
-    x = torch.randn(5, 3, 4, device=DEVICE, dtype=torch.float64)
-    reference = torch.nn.LSTM(4, 7).to(x)
-    lstm = lesson.LSTM(4, 7).to(x)
-    lstm.load_state_dict(reference.state_dict())
-    torch.testing.assert_close(lstm(x), reference(x))
-
-
-@pytest.mark.parametrize("implementation", [1, 2])
-def test_a_new_recurrent_mask_at_each_step(changed, implementation):
-    lesson = changed("fused_lstm", 2, "Is it right?")
-    compare_with_loop(lesson, implementation, lambda drawn: (drawn, 1))
+    compare_with_loop(lesson, G, lambda drawn: (drawn, 1))
 
 
 def test_semeniutas_dropout(changed):
-    lesson = changed("fused_lstm", 3, "Is it right?")
-    compare_with_loop(lesson, 2, lambda drawn: (torch.ones_like(drawn), drawn[0]))
+    lesson = changed("fused_lstm", 2, "Is it right?")
+    compare_with_loop(lesson, 1, lambda drawn: (torch.ones_like(drawn), drawn[0]))
 
 
 def test_spills_with_sixteen_warps(solve):

@@ -452,7 +452,7 @@ if __name__ == "__main__" and not INTERPRET:
 # In bfloat16, ``torch.nn.LSTM`` itself copies its weights side by side in each call (it warns about
 # that), so only float32 shows what the copies cost. On an H100, 1150 units take longer than 1536,
 # because tensor cores want rows that begin at multiples of 16 bytes, and rows of 1150 numbers
-# don't. :ref:`fused lstm` avoids that.
+# don't. :ref:`lstm module` avoids that.
 #
 # Exercises
 # ---------

@@ -54,8 +54,8 @@ if __name__ == "__main__":
 # A bare launch
 # -------------
 #
-# The kernel is the one of :ref:`seeded dropout`. It is a good example because its gradient is the
-# same kernel again: nothing else distracts from how it is called.
+# The kernel is the one of :ref:`seeded dropout`. Its gradient is the same kernel again, so nothing
+# distracts from how it is called.
 
 
 @triton.jit
@@ -76,13 +76,19 @@ def seeded_dropout4x_kernel(
     tl.store(y_ptr + offsets, tl.where(keep, x * scale, 0.0), mask=inside)
 
 
+def numbers(x, p, seed):
+    # The threshold's 32 bits as those of a signed number: triton_op will need it.
+    threshold = round(p * 2**32) - (2**32 if p >= 0.5 else 0)
+    return x.numel(), threshold, 1 / (1 - p), seed, 1024
+
+
 def bare(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     """A launch and its allocation, for 0 <= p < 1."""
     x = x.contiguous()
     y = torch.empty_like(x)
-    arguments = (y, x, x.numel(), round(p * 2**32), 1 / (1 - p), seed, 1024)
     with torch.cuda.device_of(x):
-        seeded_dropout4x_kernel[(triton.cdiv(x.numel(), 1024),)](*arguments)
+        grid = (triton.cdiv(x.numel(), 1024),)
+        seeded_dropout4x_kernel[grid](y, x, *numbers(x, p, seed))
     return y
 
 
@@ -150,16 +156,18 @@ custom.register_autograd(
 # %%
 # ``triton_op`` is the same for functions that launch Triton kernels, but lets the compiler look
 # inside. It sees the allocation and the launch, which ``wrap_triton`` marks. A fake version is not
-# needed, because the compiler runs the function itself with fake tensors.
+# needed, because the compiler runs the function itself with fake tensors. But PyTorch 2.11 can't
+# compile a launch with an integer of more than 31 bits. So ``numbers`` makes the threshold a signed
+# number, and a large seed is an error there.
 
 
 @torch.library.triton_op("operators_lesson::traced", mutates_args=())
 def traced(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    arguments = (y, x, x.numel(), round(p * 2**32), 1 / (1 - p), seed, 1024)
     kernel = torch.library.wrap_triton(seeded_dropout4x_kernel)
-    kernel[(triton.cdiv(x.numel(), 1024),)](*arguments)
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(x.numel(), 1024),)](y, x, *numbers(x, p, seed))
     return y
 
 
@@ -239,8 +247,8 @@ WAYS = {
 # What works?
 # -----------
 #
-# Try it. Each of these functions takes one of the ways as ``call``, uses it in one manner, and compares
-# the result with the bare launch. ``fullgraph=True`` makes a graph break an error.
+# Try it. Each function takes one of the ways as ``call``, uses it, and compares the result with the
+# bare launch. ``fullgraph=True`` makes a graph break an error.
 
 
 def gradient(call):
@@ -288,6 +296,12 @@ def exported(call):
     return torch.equal(torch.export.export(Module(), (x,)).module()(x), bare(x, 0.5, 7))
 
 
+def passes_opcheck(call):
+    operator = custom if call is both else call  # the one that both hands to the compiler
+    x = torch.ones(99, device=DEVICE, requires_grad=True)
+    return bool(torch.library.opcheck(operator, (x, 0.5, 7)))
+
+
 def under_vmap(call):
     x = torch.ones(3, 99, device=DEVICE)
     rows = torch.vmap(lambda row: call(row, 0.5, 7))(x)
@@ -302,9 +316,8 @@ def captured(call):
     return torch.equal(y, bare(x, 0.5, 7))
 
 
-CHECKS = [gradient, second_gradient, torch_func, forward_mode]
-CHECKS += [compiled, exported, under_vmap]
-CHECKS += [] if INTERPRET else [captured]
+CHECKS = [gradient, second_gradient, torch_func, forward_mode, passes_opcheck]
+CHECKS += [compiled, exported, under_vmap] + ([] if INTERPRET else [captured])
 
 
 def outcome(check, call):
@@ -317,12 +330,14 @@ def outcome(check, call):
 
 if __name__ == "__main__":
     import logging
+    import warnings
     from tabulate import tabulate
 
-    logging.disable(logging.WARNING)  # the compiler's, about what is meant to fail
+    logging.disable()  # what the compiler says about that which is meant to fail
     rows = []
     for check in CHECKS:
-        found = [outcome(check, call) for call in WAYS.values()]
+        with warnings.catch_warnings(action="ignore"):
+            found = [outcome(check, call) for call in WAYS.values()]
         rows.append([check.__name__.replace("_", " "), *found])
     logging.disable(logging.NOTSET)
     print(tabulate(rows, ["does it work?", *WAYS]))
@@ -341,21 +356,14 @@ if __name__ == "__main__":
 #
 # For ``bare``, ``Function`` and ``triton_op`` the compiler looks at the launch itself. That needs a
 # GPU: in Triton's interpreter a kernel is ordinary Python on NumPy arrays, and the compiler gives
-# up. On a GPU it depends on the version of PyTorch which of the three it accepts. ``custom_op``,
-# ``Library`` and ``both`` hide the launch behind a name, and work in each case.
+# up. On a GPU it depends on PyTorch's version: in the first two, 2.11 meets ``device_of`` and breaks
+# the graph. ``custom_op``, ``Library`` and ``both`` hide the launch behind a name, and work in each
+# case.
 #
-# ``opcheck`` is PyTorch's own checker. It tests that an operator changes none of its inputs, that the
-# fake version agrees with the real one, and that the compiler understands the gradient. Run it on
-# each operator that you register.
-
-if __name__ == "__main__":
-    for name in ("custom_op", "Library"):
-        operator = WAYS[name] if name == "custom_op" else listed.default
-        x = torch.ones(99, device=DEVICE, requires_grad=True)
-        passed = torch.library.opcheck(operator, (x, 0.5, 7))
-        print(f"{name} passed:", *passed, sep="\n    ")
-
-# %%
+# ``opcheck`` is PyTorch's own checker, for operators only. It tests that an operator changes none of
+# its inputs, that the fake version agrees with the real one, and that the compiler understands the
+# gradient. Run it on each operator that you register.
+#
 # What does a call cost?
 # ----------------------
 #
@@ -404,12 +412,9 @@ def benchmark(n_elements, line):
 
 if __name__ == "__main__" and not INTERPRET:
     costs = benchmark.run(show_plots=True, return_df=True)
+    calls = {"F.dropout": torch_dropout, **WAYS, "Both.apply": Both.apply}
     rows = []
-    for name, call in {
-        "F.dropout": torch_dropout,
-        **WAYS,
-        "Both.apply": Both.apply,
-    }.items():
+    for name, call in calls.items():
         x = torch.ones(1024, device=DEVICE)
         plain = microseconds(call, x)
         recorded = "" if name == "bare" else microseconds(call, x.requires_grad_())
@@ -419,17 +424,16 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # On the left of the figure the lines are level: that is the CPU's time. On the right they meet,
-# because the GPU takes longer, and the CPU's time is hidden behind it. From there on the price of a
-# call no longer matters.
+# because the GPU takes longer, and the price of a call no longer matters.
 #
 # In the table, the difference between a row and ``bare`` is the price of that way. A ``Function``
-# adds little, and so does ``both``; ``Both.apply`` shows what the lookup of names would cost.
-# ``custom_op`` runs checks in Python on each call, and ``Library`` skips some of them. ``F.dropout``
-# is all C++, which a launch from Python can't reach. All times are those of one CPU: on a slower or
-# a busy one they grow.
+# adds little, and so does ``both``; ``Both.apply`` shows what the lookup of names would cost. The
+# three operators go through PyTorch's dispatcher and back into Python, and with a gradient more than
+# once. ``F.dropout`` is all C++, which a launch from Python can't reach. These are the times of one
+# CPU: on a slower or a busy one they grow.
 #
-# If the CPU's time matters in your program, three things help: larger tensors, ``torch.compile``, which
-# launches without your Python code in between, and a CUDA graph, which launches many kernels at once.
+# If that matters in your program, three things help: larger tensors, ``torch.compile``, and a CUDA
+# graph, which launches many kernels at once.
 #
 # What the compiler makes of it
 # -----------------------------
@@ -441,27 +445,26 @@ if __name__ == "__main__" and not INTERPRET:
 if __name__ == "__main__" and not INTERPRET:
     from torch.profiler import ProfilerActivity, profile
 
-    for name, call in {"F.dropout": torch_dropout, **WAYS}.items():
-        if name in ("bare", "Function"):
-            continue
+    for name in ("F.dropout", "custom_op", "triton_op", "both"):
         torch.compiler.reset()
-        f = torch.compile(lambda x, call=call: call(2 * x, 0.5, 7) + 1, dynamic=False)
+        f = torch.compile(
+            lambda x, call=calls[name]: call(2 * x, 0.5, 7) + 1, dynamic=False
+        )
         x = torch.ones(2**20, device=DEVICE)
         try:
             f(x), f(x)
         except Exception as error:
             print(f"{name}: not compiled, {type(error).__name__}")
             continue
-        with profile(activities=[ProfilerActivity.CUDA]) as trace:
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as trace:
             f(x)
             torch.cuda.synchronize()
         kernels = [e for e in trace.events() if "triton" in e.name or "kernel" in e.name]
         print(f"{name}: {len(kernels)} kernels")
 
 # %%
-# Each extra kernel is a trip to memory and back. If your kernel stands between element-wise
-# operators and the tensors are large, these trips can cost more than a better kernel saves. Then
-# put the neighbours into your kernel.
+# Each extra kernel is a trip to memory and back. Between element-wise operators on large tensors
+# these trips can cost more than a better kernel saves. Then put the neighbours into your kernel.
 #
 # Which way when
 # --------------

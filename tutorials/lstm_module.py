@@ -1,0 +1,474 @@
+"""
+.. _lstm module:
+
+An LSTM module with recurrent dropout
+=====================================
+
+You make a module with Keras's recurrent dropout that takes the place of ``torch.nn.LSTM``. It takes
+padded and packed batches, runs under ``torch.compile`` and in a CUDA graph, and is compared with
+cuDNN's LSTM, which has no dropout on its state.
+
+You will learn
+
+- what a module needs besides its kernels: seeds, lengths, and units that fill up;
+- why every replay of a CUDA graph still draws new masks;
+- how to compare two modules under the same conditions.
+
+Needs: PyTorch, and :ref:`sequence backward`.
+"""
+
+# %%
+# Setting up
+# ----------
+#
+# The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
+# :ref:`fused softmax` explains them.
+
+# sphinx_gallery_thumbnail_path = '_static/lstm_module.svg'
+import os
+import sys
+from datetime import date
+
+import torch
+
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
+if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+import triton.language as tl
+
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
+MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
+
+# %%
+# The kernels
+# -----------
+#
+# The kernels and launches are those of :ref:`sequence lstm` and :ref:`sequence backward`, on few lines.
+# Skip them.
+
+from torch.nn.functional import linear, pad
+
+# fmt: off
+# ruff: noqa: E701, E702
+Tensor = torch.Tensor
+@triton.jit
+def tanh(x): e = tl.exp(-2 * tl.abs(x)); far = (1 - e) / (1 + e); s = x * x; series = -929569 / 638512875 + s * (6404582 / 10854718875); series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series)); series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series))); t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far); return tl.where(x < 0, -t, t)
+@triton.jit
+def gate_dropout_kernel(y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64); unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK); inside = unit < n_units; words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
+    if x_ptr.dtype.element_ty != tl.float64: scale = tl.cast(scale, tl.float32)
+    for k in tl.static_range(G): x = tl.load(x_ptr + row * n_units + unit, mask=inside); kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0); tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside); x_ptr += gate_stride
+@triton.jit
+def arrive(arrived_ptr): tl.debug_barrier(); tl.atomic_add(arrived_ptr, 1, sem='release')
+@triton.jit
+def wait(arrived_ptr, n_arrivals):
+    while tl.atomic_add(arrived_ptr, 0, sem='acquire') < n_arrivals: pass
+@triton.jit(do_not_specialize=['n_steps', 'n_sequences', 'rows', 'first_block'])
+def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, arrived_ptr, rows, first_block, G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit); state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; c = tl.load(c_ptr + state, mask=exists, other=0.0)
+    if c.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
+    k = tl.arange(0, K); column = tl.arange(0, 4 * UNITS)[None, :]; owner = tl.program_id(1) * UNITS + column // 4; row_of_u = (column % 4).to(tl.int64) * n_units + owner; u_ptr = weight_ptr + row_of_u * n_units + k[:, None]; x_ptr = masked_ptr + sequence * n_units + k[None, :]; arrived_ptr += block
+    for t in range(n_steps):
+        gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit; from_i = tl.load(gate, mask=exists, other=0.0); from_f = tl.load(gate + n_units, mask=exists, other=0.0); from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0); from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0); wait(arrived_ptr, t * tl.num_programs(1)); product = tl.zeros((ROWS, 4 * UNITS), c.dtype)
+        for part in tl.static_range(G):
+            part_ptr = x_ptr + (t % 2 * G + part) * plane
+            for first in range(0, n_units, K):
+                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier='.cg')
+                if G == 1: u = tl.load(u_ptr + first)
+                else: u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
+                product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
+        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2))); i, g = tl.split(even); f, o = tl.split(odd); active = exists & (t < length); i = tl.sigmoid(tl.where(active, i + from_i, 0.0)); f = tl.sigmoid(tl.where(active, f + from_f, 0.0)); g = tanh(tl.where(active, g + from_g, 0.0)); o = tl.sigmoid(tl.where(active, o + from_o, 0.0)); c = tl.where(active, f * c + i * g, 0.0); h = o * tanh(c)
+        for part in tl.static_range(G): kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0); next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane; tl.store(next_ptr + state, kept, mask=exists)
+        arrive(arrived_ptr); tl.store(gate, i, mask=exists); tl.store(gate + n_units, f, mask=exists); tl.store(gate + 2 * n_units, g, mask=exists); tl.store(gate + 3 * n_units, o, mask=exists); tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists); tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
+@triton.jit(do_not_specialize=['n_steps', 'n_sequences', 'rows', 'first_block'])
+def sequence_backward_kernel(d_gates_ptr, d_cell_ptr, dh_ptr, dc_ptr, gates_ptr, c_ptr, weight_ptr, lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, arrived_ptr, rows, first_block, G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
+    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit); state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; d_cell = tl.zeros((ROWS, UNITS), c_ptr.dtype.element_ty)
+    if d_cell.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
+    width = 4 * n_units // G; k = tl.arange(0, K); u_ptr = weight_ptr + unit.to(tl.int64) * 4 * n_units + k[:, None]; arrived_ptr += block
+    for s in range(n_steps):
+        t = n_steps - 1 - s; gate = (t * n_sequences + sequence) * 4 * n_units + unit; after = (t + 1) * plane + state; dh = tl.load(dh_ptr + after, mask=exists, other=0.0); dc = tl.load(dc_ptr + after, mask=exists, other=0.0); i = tl.load(gates_ptr + gate, mask=exists, other=0.0); f = tl.load(gates_ptr + gate + n_units, mask=exists, other=0.0); g = tl.load(gates_ptr + gate + 2 * n_units, mask=exists, other=0.0); o = tl.load(gates_ptr + gate + 3 * n_units, mask=exists, other=0.0); c_before = tl.load(c_ptr + after - plane, mask=exists, other=0.0); c_after = tl.load(c_ptr + after, mask=exists, other=0.0); wait(arrived_ptr, s * tl.num_programs(1)); next_step = ((t + 1) * n_sequences + sequence) * 4 * n_units; d_ptr = d_gates_ptr + next_step + k[None, :]; from_next = tl.zeros((ROWS, UNITS), d_cell.dtype)
+        for part in tl.static_range(G):
+            product = tl.zeros((ROWS, UNITS), d_cell.dtype)
+            for first in range(part * width, (part + 1) * width, K): d = tl.load(d_ptr + first, exists, 0.0, cache_modifier='.cg'); u = tl.load(u_ptr + first); product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
+            kept = words[part].to(tl.int64) >= threshold; from_next += tl.where(kept, product * scale, 0.0)
+        active = exists & (t < length); i, f, g, o = (i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype)); tanh_c = tanh(c_after); dh = tl.where(active, dh + from_next, 0.0); d_cell = tl.where(active, d_cell + dc + dh * o * (1 - tanh_c * tanh_c), 0.0); d_gate = d_gates_ptr + gate; tl.store(d_gate, d_cell * g * i * (1 - i), mask=exists); tl.store(d_gate + n_units, d_cell * c_before * f * (1 - f), mask=exists); tl.store(d_gate + 2 * n_units, d_cell * i * (1 - g * g), mask=exists); tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=exists); arrive(arrived_ptr); d_cell *= f
+    tl.store(d_cell_ptr + state, d_cell, mask=exists)
+BLOCK = 128; TILES = [(16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)]; BACKWARD_TILES = [(16, 2, 32, 4, 4), (64, 1, 16, 4, 4), (32, 2, 32, 4, 4), (64, 1, 32, 8, 4), (64, 1, 64, 8, 3)]
+def threshold_and_scale(p): return (round(p * 2 ** 32), 1 / (1 - p) if p < 1 else 0.0)
+def launch_gate_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    G, n_steps, n_sequences, n_units = x.shape
+    if x.stride()[1:] != (n_sequences * n_units, n_units, 1): x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() > 0:
+        rows = n_steps * n_sequences
+        with torch.cuda.device_of(x): gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](y, x, x.stride(0), rows, n_sequences, n_units, *threshold_and_scale(p), seed, G, BLOCK)
+    return y
+def blocks_for(tiles, n_sequences, n_units, device):
+    if INTERPRET: return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    for tile, programs, units, warps, stages in tiles:
+        row_blocks = triton.cdiv(n_sequences, tile); at_once = programs * processors // (n_units // units); options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
+        if row_blocks <= at_once: break
+    if at_once == 0: fit = processors * units; raise ValueError(f'at most {fit} units fit this GPU, got {n_units}')
+    return (tile, units, row_blocks, at_once, options)
+def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
+    n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
+    if n_steps == 0 or n_sequences == 0: return
+    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())); tf32 = torch.backends.cuda.matmul.fp32_precision == 'tf32'; precision = 'tf32' if tf32 and h.dtype == torch.float32 else 'ieee'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device); widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
+    with torch.cuda.device_of(h):
+        for first in range(0, row_blocks, at_once): kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, precision, **options)
+    if widen: torch._foreach_copy_(tensors[:2], work[:2])
+def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]: n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0; h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0)); masked = h.new_empty(2, G, n_sequences, n_units); masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]; tensors = (gates, h, c, masked, weight.contiguous(), lengths); launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early); return (h, c, gates)
+def launch_sequence_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, lengths: Tensor, n_real: int, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor, Tensor]: n_steps, n_sequences, _, n_units = gates.shape; G, U = (len(weight), weight.reshape(4 * n_units, n_units)); d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units); d_gates[n_steps] = 0; d_cell = torch.zeros_like(c[0]); gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous()); tensors = (*gradients, gates, c, U.T.contiguous(), lengths); how = (sequence_backward_kernel, BACKWARD_TILES, h, p, seed, G); launch_all_steps(*how, *tensors, early=early); by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G); masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2); d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked); d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight); dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]; dc0 = d_cell + dc[0]; return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
+lstm_sequence_op = torch.library.custom_op('fast_and_right::lstm_sequence', launch_sequence, mutates_args=()); lstm_sequence_backward_op = torch.library.custom_op('fast_and_right::lstm_sequence_backward', launch_sequence_backward, mutates_args=())
+@lstm_sequence_op.register_fake
+def _(from_input, weight, h0, c0, lengths, p, seed, early=0): n_steps, n_sequences, _, n_units = from_input.shape; h = from_input.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); return (h, c, from_input.new_empty(from_input.shape))
+@lstm_sequence_backward_op.register_fake
+def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0): states = (h[0, :, :n_real], c[0, :, :n_real]); return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
+class LSTMSequenceBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed): compiling = torch.compiler.is_compiling(); run = lstm_sequence_backward_op if compiling else launch_sequence_backward; return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    @staticmethod
+    def backward(ctx, *gradients): raise RuntimeError('LSTM has no second derivatives')
+class LSTMSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(from_input, weight, h0, c0, lengths, p, seed): run = lstm_sequence_op if torch.compiler.is_compiling() else launch_sequence; return run(from_input, weight, h0, c0, lengths, p, seed)
+    @staticmethod
+    def setup_context(ctx, inputs, output): _, weight, h0, _, lengths, ctx.p, seed = inputs; h, c, gates = output; ctx.n_real = h0.shape[1]; ctx.mark_non_differentiable(gates); ctx.save_for_backward(gates, weight, h, c, lengths, seed)
+    @staticmethod
+    def backward(ctx, dh, dc, _): *saved, seed = ctx.saved_tensors; arguments = (dh, dc, *saved, ctx.n_real, ctx.p, seed); return (*LSTMSequenceBackward.apply(*arguments), None, None, None)
+# fmt: on
+
+# %%
+# What a module needs
+# -------------------
+#
+# The launches do the steps. The module does the rest:
+#
+# .. image:: /_static/lstm_module.svg
+#    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. A seed enters the dropout; another seed and the lengths enter the steps.
+#
+# - **Seeds.** Each call in training draws two, on the GPU, with PyTorch's generator. So
+#   ``torch.manual_seed`` governs them, and ``checkpoint`` replays them.
+# - **Lengths.** In a padded batch each sequence has its own end, which the kernels know. What stands
+#   behind it must not count, even if it is NaN. A packed sequence is padded, and packed again.
+# - **Units that fill up.** The kernels take multiples of 128 units. The module adds units whose
+#   weights are 0, and which stay at 0, and removes them from the results.
+#
+# As a public function
+# --------------------
+#
+# The module takes its parameters and results from ``torch.nn.LSTM``, so that a state dict goes from
+# one to the other, and the rates from Keras.
+
+import gc
+import numbers
+
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+gate_dropout_op = torch.library.custom_op(
+    "fast_and_right::gate_dropout", launch_gate_dropout, mutates_args=()
+)
+gate_dropout_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
+
+
+class LSTM(torch.nn.Module):
+    """One layer of ``torch.nn.LSTM`` with Keras's ``dropout`` and ``recurrent_dropout``.
+
+    In training, each call draws masks of shape (G, batch, units) for inputs and state, which
+    hold for all steps and are scaled by 1 / (1 - p). The rates are in [0, 1]. With
+    ``implementation`` 1, each gate has masks of its own (G = 4); with 0 or 2, the gates share
+    them (G = 1). With ``batch_first``, input and output are (batch, time, features).
+    Differentiable once, in reverse mode; works under ``torch.compile``. Wrong arguments raise
+    TypeError or ValueError.
+    """
+
+    def __init__(
+        self, input_size, hidden_size, *, dropout=0.0, recurrent_dropout=0.0,
+        implementation=2, batch_first=False,
+    ):  # fmt: skip
+        super().__init__()
+        for name, size in [("input_size", input_size), ("hidden_size", hidden_size)]:
+            if not isinstance(size, numbers.Integral) or size < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+        for name, p in [("dropout", dropout), ("recurrent_dropout", recurrent_dropout)]:
+            if not isinstance(p, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {type(p).__name__}")
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {p}")
+        if implementation not in (0, 1, 2):
+            raise ValueError(f"implementation must be 0, 1 or 2, got {implementation!r}")
+        self.input_size, self.hidden_size = input_size, hidden_size
+        self.dropout, self.recurrent_dropout = float(dropout), float(recurrent_dropout)
+        self.implementation, self.batch_first = implementation, batch_first
+        for name, parameter in torch.nn.LSTM(input_size, hidden_size).named_parameters():
+            self.register_parameter(name, parameter)
+
+    def forward(self, input, hx=None, lengths=None):
+        """All outputs, and the state (h_n, c_n) at each sequence's end.
+
+        ``input`` is a tensor, (time, batch, input_size), or a PackedSequence, of the weights'
+        dtype, float16 to float64; ``hx`` the first h and c, (1, batch, hidden_size), or None
+        for zeros; ``lengths``, on the CPU, those of a padded batch, whose output after each
+        end is 0. The backward pass reads the outputs: don't change them in place.
+        """
+        packed = isinstance(input, PackedSequence)
+        if packed and lengths is not None:
+            raise ValueError("lengths must be None for a PackedSequence: it has its own")
+        if not isinstance(input, torch.Tensor | PackedSequence):
+            got = type(input).__name__
+            raise TypeError(f"input must be a tensor or a PackedSequence, got {got}")
+        x, lengths = pad_packed_sequence(input) if packed else (input, lengths)
+        if x.dim() != 3 or x.shape[2] != self.input_size:
+            wanted = "(batch, time" if self.batch_first else "(time, batch"
+            wanted = f"{wanted}, {self.input_size})"
+            raise ValueError(f"input must be {wanted}, got shape {tuple(x.shape)}")
+        if self.batch_first and not packed:
+            x = x.transpose(0, 1)
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device=getattr(lengths, "device", "cpu"))
+            if lengths.numel() and lengths.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"lengths must be int32 or int64, got {lengths.dtype}")
+            lengths = lengths.long()
+        h, c = self.states(x, hx, lengths)
+        output, state = h[1:], (h[-1:].clone(), c[-1:].clone())
+        if lengths is not None:
+            ends = lengths[None], torch.arange(x.shape[1], device=lengths.device)[None]
+            state = h[ends], c[ends]
+        if packed:
+            order = input.sorted_indices
+            ordered = output if order is None else output[:, order]
+            sizes = lengths.sort(descending=True).values
+            data = pack_padded_sequence(ordered, sizes).data
+            return PackedSequence(data, *input[1:]), state
+        return output.transpose(0, 1) if self.batch_first else output, state
+
+    def states(self, x, hx, lengths):
+        # h and c before the first step and after each: (time + 1, batch, hidden_size)
+        n_steps, n_sequences, _ = x.shape
+        if (got := x.device.type) != DEVICE:
+            raise ValueError(f"input must be on device type {DEVICE!r}, got {got!r}")
+        autocast, wanted = torch.is_autocast_enabled(DEVICE), self.weight_hh_l0.dtype
+        if not autocast and wanted != x.dtype:
+            raise TypeError(f"input must be {wanted}, as the weights, got {x.dtype}")
+        shape = 1, n_sequences, self.hidden_size
+        hx = [x.new_zeros(shape)] * 2 if hx is None else hx
+        pair = isinstance(hx, tuple | list | torch.Tensor) and len(hx) == 2
+        if not pair or not all(isinstance(part, torch.Tensor) for part in hx):
+            raise TypeError("hx must be None or a pair of tensors")
+        for part in hx:
+            if (got := tuple(part.shape)) != shape:
+                raise ValueError(f"hx must be two tensors of shape {shape}, got {got}")
+            if part.device != x.device:
+                raise ValueError(f"hx must be on {x.device}, as input, got {part.device}")
+            if not autocast and part.dtype != x.dtype:
+                raise TypeError(f"hx must be {x.dtype}, as input, got {part.dtype}")
+        if lengths is None:
+            lengths = torch.full((n_sequences,), n_steps, device=x.device)
+        else:
+            if lengths.device.type != "cpu" or lengths.shape != (n_sequences,):
+                got = f"shape {tuple(lengths.shape)} on {lengths.device}"
+                raise ValueError(f"lengths must be {n_sequences} on the CPU, got {got}")
+            got = lengths.tolist()
+            if got and not 0 <= min(got) <= max(got) <= n_steps:
+                raise ValueError(f"lengths must be from 0 to {n_steps}, got {got}")
+            lengths = lengths.to(x.device)
+            steps = torch.arange(n_steps, device=x.device)[:, None, None]
+            x = x.masked_fill(steps >= lengths[:, None], 0)  # padding may hold NaN
+
+        seeds, rates = torch.zeros(2, dtype=torch.int64, device=x.device), (0.0, 0.0)
+        if self.training:
+            seeds = torch.randint(2**62, (2,), device=x.device)
+            rates = self.dropout, self.recurrent_dropout
+        G = 4 if self.implementation == 1 else 1
+        # Add units that stay 0, as blocks_for wants them: one block in the interpreter.
+        H = self.hidden_size
+        extra = max(16, 1 << (H - 1).bit_length()) - H if INTERPRET else -H % 128
+        weight_ih = pad(self.weight_ih_l0.view(4, H, -1), (0, 0, 0, extra))
+        weight_hh = pad(self.weight_hh_l0.view(4, H, H), (0, extra, 0, extra))
+        bias = pad((self.bias_ih_l0 + self.bias_hh_l0).view(4, H), (0, extra))
+
+        traced = torch.compiler.is_compiling()
+        traced = traced or torch._C._are_functorch_transforms_active()
+        draw = gate_dropout_op if traced else launch_gate_dropout
+        ones = torch.ones(G, 1, *x.shape[1:], dtype=x.dtype, device=x.device)
+        kept = draw(ones, rates[0], seeds[:1]) > 0
+        x = torch.where(kept, x * threshold_and_scale(rates[0])[1], 0.0)
+        weight_ih = weight_ih.view(G, -1, self.input_size)
+        gates = torch.baddbmm(bias.view(G, 1, -1), x.flatten(1, 2), weight_ih.mT)
+        gates = gates.view(G, n_steps, n_sequences, 4 // G, H + extra)
+        gates = gates.permute(1, 2, 0, 3, 4)
+        h, c, _ = LSTMSequence.apply(
+            gates.flatten(2, 3), weight_hh.to(gates.dtype).view(G, -1, H + extra),
+            hx[0][0].to(gates.dtype),
+            hx[1][0].to(torch.promote_types(gates.dtype, torch.float32)),
+            lengths, rates[1], seeds[1:],
+        )  # fmt: skip
+        return h[..., :H], c[..., :H].to(h.dtype)
+
+
+# %%
+# Is it right?
+# ------------
+#
+# With nothing dropped the module must agree with ``torch.nn.LSTM``, all gradients included. In a
+# padded batch each sequence, also of length 0, must come out as it would alone.
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 4, device=DEVICE, dtype=torch.float64, requires_grad=True)
+    reference = torch.nn.LSTM(4, 7).to(x)
+    lstm = LSTM(4, 7).to(x)
+    lstm.load_state_dict(reference.state_dict())
+    losses = [(m(x)[0].sin().sum(), [x, *m.parameters()]) for m in (lstm, reference)]
+    torch.testing.assert_close(*(torch.autograd.grad(*loss) for loss in losses))
+    packed = pack_padded_sequence(x, [5, 3, 2])
+    torch.testing.assert_close(lstm(packed)[0].data, reference(packed)[0].data)
+    output, (h_n, _) = lstm(x, lengths=[5, 0, 2])
+    for b, length in enumerate([5, 0, 2]):
+        alone, (h_alone, _) = lstm(x[:length, b : b + 1])
+        got = output[:length, b : b + 1], h_n[:, b : b + 1]
+        torch.testing.assert_close(got, (alone, h_alone))
+    print("as torch.nn.LSTM, and as each sequence alone")
+
+# %%
+# Capture the module
+# ------------------
+#
+# ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module, which
+# then takes inputs of the captured shape only. Each replay overwrites the output of the one before.
+#
+# A replay has the arguments of the captured launches. If the seed were one, each replay would draw
+# the same masks. But our kernels *load* it from memory. The launch that draws a new one is part of
+# the graph, and PyTorch moves its generator on with every replay:
+
+if __name__ == "__main__" and not INTERPRET:
+    graphed = LSTM(4, 7, recurrent_dropout=0.3).to(DEVICE)
+    x = torch.randn(5, 3, 4, device=DEVICE)
+    torch.cuda.make_graphed_callables(graphed, (x.clone(),))
+    torch.manual_seed(2)
+    first, second = graphed(x)[0].clone(), graphed(x)[0].clone()
+    torch.manual_seed(2)
+    assert torch.equal(graphed(x)[0], first) and not torch.equal(first, second)
+    print("two replays draw two masks; the same seed draws the same masks")
+
+# %%
+# How fast is it?
+# ---------------
+#
+# Take the size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, about 1150 units; and long
+# sequences: 1024 steps, batch 16. We time forward and backward together, of implementation 2. cuDNN's
+# LSTM drops nothing of its state. Both are captured in the same way (solid), and also called as usual
+# (dotted). Dashed are the matrix products alone, step by step, captured. In float32, cuDNN's LSTM uses
+# TF32 unless told not to, and ours if PyTorch's products are told to; here all do.
+
+
+def products_of(n_units, like, n_steps, batch):  # of a forward and a backward pass
+    H, n = n_units + -n_units % 8, n_steps * batch
+    sizes = (n, 400), (n, H), (n, 4 * H), (4 * H, 400), (4 * H, H)
+    x, h, d, W, U = (torch.randn(size, **like) for size in sizes)
+    graph = torch.cuda.CUDAGraph()
+    for context in (torch.no_grad(), torch.cuda.graph(graph)):  # warm up, and capture
+        with context:
+            for _ in range(n_steps):
+                last = linear(h[:batch], U), d[:batch] @ U
+            results = last, linear(x, W), d.T @ h, d.T @ x, d @ W
+    return lambda: (graph.replay(), results)
+
+
+STYLES = [(c, s) for c in ("#d55e00", "#0072b2") for s in "-:"] + [("#555555", "--")]
+LINES = ["recurrent dropout, captured", "recurrent dropout, called"]
+LINES += ["cuDNN without, captured", "cuDNN without, called", "matrix products alone"]
+SIZES = (70, 80, "float32"), (70, 80, "bfloat16"), (1024, 16, "bfloat16")
+
+
+@triton.testing.perf_report([
+    triton.testing.Benchmark(
+        x_names=["n_units"], x_vals=[256, 512, 1024, 1150, 1152, 2048],
+        line_arg="line", line_vals=LINES, line_names=LINES, styles=STYLES,
+        xlabel=f"units, {n_steps} steps, batch {batch}, {dtype}\n{MACHINE}",
+        ylabel="ms", y_log=True, plot_name=f"lstm-module-{n_steps}-steps-{dtype}",
+        args={"n_steps": n_steps, "batch": batch, "dtype": getattr(torch, dtype)},
+    )
+    for n_steps, batch, dtype in SIZES
+])  # fmt: skip
+def benchmark(line, n_units, n_steps, batch, dtype, implementation=2):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    like = {"device": DEVICE, "dtype": dtype}
+    rates = {"dropout": 0.3, "recurrent_dropout": 0.3}
+    ours = LSTM(400, n_units, **rates, implementation=implementation)
+    module = (ours if "dropout" in line else torch.nn.LSTM(400, n_units)).to(**like)
+    x = torch.randn(n_steps, batch, 400, **like, requires_grad=True)
+    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
+    if "captured" in line:
+        torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
+    inputs, gradient = [x, *module.parameters()], torch.randn_like(module(x)[0])
+    products = products_of(n_units, like, n_steps, batch) if "products" in line else None
+    train = lambda: torch.autograd.grad(module(x)[0], inputs, gradient)  # noqa: E731
+    return triton.testing.do_bench(products or train, return_mode="median")
+
+
+if __name__ == "__main__" and not INTERPRET:
+    results = benchmark.run(show_plots=True, return_df=True)
+    for size, times in zip(SIZES, results, strict=True):
+        ours, called, *others = times.values.T[1:]
+        for name, other, our in zip(LINES[2:], others, (ours, called, ours), strict=True):
+            low, high = min(our / other), max(our / other)
+            print(*size, f": {low:.2f} to {high:.2f} times as long as {name}")
+    size = 1152, 70, 80, torch.bfloat16
+    one, two = (benchmark.fn(LINES[0], *size, i) for i in (1, 2))
+    print(f"implementation 1 takes {one / two:.2f} times as long as 2, at 1152 units")
+
+# %%
+# Below 1, ours with recurrent dropout is faster than the other without. Captured, the GPU alone
+# decides. Called, the CPU's time counts as well, and a call has more to do than one launch in each
+# direction. At 1150 units cuDNN is slow, as far as this run shows, so look at 1152, too. Below the
+# dashed line, one launch saves more than everything beside the products costs.
+#
+# Implementation 1 multiplies each of its four masked states with the columns of all gates, four times
+# what it needs. FlashRNN has persistent LSTMs in CUDA, without recurrent dropout. Its authors' own
+# figure, published and not measured here, has cuDNN ahead at 768 units.
+#
+# Exercises
+# ---------
+#
+# 1. Make a bidirectional layer of two modules: the second one reads each sequence from its end. Mind
+#    the padding.
+#
+# .. note::
+#    Try it first.
+#
+#    1. Reverse each sequence within its own length. The same index brings the outputs back into order.
+#
+#       .. code-block:: python
+#
+#          def both_directions(forward, backward, x, lengths):
+#              lengths = torch.as_tensor(lengths)
+#              steps = torch.arange(len(x))[:, None]
+#              index = torch.where(steps < lengths, lengths - 1 - steps, steps)
+#              index = index[..., None].to(x.device)
+#              reversed_x = x.take_along_dim(index, dim=0)
+#              there = forward(x, lengths=lengths)[0]
+#              back = backward(reversed_x, lengths=lengths)[0].take_along_dim(index, dim=0)
+#              return torch.cat([there, back], dim=-1)
+#
+# References
+# ----------
+#
+# - Y. Gal and Z. Ghahramani, `A theoretically grounded application of dropout in recurrent neural networks <https://arxiv.org/abs/1512.05287>`_,
+#   2016.
+# - S. Merity, N. S. Keskar and R. Socher, `Regularizing and optimizing LSTM language models <https://arxiv.org/abs/1708.02182>`_,
+#   2017: AWD-LSTM.
+# - PyTorch's documentation of `CUDA graphs <https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs>`_.
+# - `FlashRNN <https://github.com/NX-AI/flashrnn>`_ by NX-AI.

@@ -1,0 +1,460 @@
+"""
+.. _sequence lstm:
+
+The whole sequence in one launch
+================================
+
+You run all steps of an LSTM in one launch, with recurrent dropout inside. The programs stay on the
+GPU from the first step to the last, hand each other the state through the cache, and wait for each
+other after each step. Python launches once, so no step waits for it.
+
+You will learn
+
+- how programs of one launch hand each other data, with a barrier that never hangs;
+- how to predict the time of a step from its parts, and how to measure each part alone;
+- why the order of loads, stores and waiting matters.
+
+Needs: PyTorch, :ref:`fused lstm`, and :ref:`softmax slices`.
+"""
+
+# %%
+# Setting up
+# ----------
+#
+# The same lines start every lesson: with no GPU, Triton's interpreter runs the kernels on the CPU.
+# :ref:`fused softmax` explains them.
+
+# sphinx_gallery_thumbnail_path = '_static/lstm_sequence.svg'
+import os
+import sys
+from datetime import date
+
+import torch
+
+GPU = torch.accelerator.current_accelerator(check_available=True)
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
+DEVICE = "cpu" if INTERPRET else GPU.type
+if INTERPRET and os.environ.get("TRITON_INTERPRET") != "1":
+    if "triton" in sys.modules:
+        raise ImportError("restart Python: Triton was imported before TRITON_INTERPRET=1")
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import triton
+import triton.language as tl
+
+gpu = "no GPU" if INTERPRET else torch.get_device_module(DEVICE).get_device_name()
+MACHINE = f"{gpu}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}"
+if __name__ == "__main__":
+    print(MACHINE)
+    if INTERPRET:
+        print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
+
+# %%
+# These are the functions of :ref:`fused lstm` that this lesson needs, on few lines. Skip them.
+
+import gc
+
+from torch.nn.functional import linear, pad
+
+
+# fmt: off
+# ruff: noqa: E701, E702
+@triton.jit
+def tanh(x):
+    e = tl.exp(-2 * tl.abs(x)); far = (1 - e) / (1 + e); s = x * x; series = -929569 / 638512875 + s * (6404582 / 10854718875)
+    series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series)); series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
+    t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far); return tl.where(x < 0, -t, t)
+@triton.jit
+def gate_dropout_kernel(y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64); unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK); inside = unit < n_units; words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
+    if x_ptr.dtype.element_ty != tl.float64: scale = tl.cast(scale, tl.float32)
+    for k in tl.static_range(G):
+        x = tl.load(x_ptr + row * n_units + unit, mask=inside); kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
+        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside); x_ptr += gate_stride
+BLOCK = 128
+def threshold_and_scale(p): return (round(p * 2 ** 32), 1 / (1 - p) if p < 1 else 0.0)
+def launch_gate_dropout(x, p, seed):
+    G, n_steps, n_sequences, n_units = x.shape
+    if x.stride()[1:] != (n_sequences * n_units, n_units, 1): x = x.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if y.numel() > 0:
+        rows = n_steps * n_sequences
+        with torch.cuda.device_of(x): gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](y, x, x.stride(0), rows, n_sequences, n_units, *threshold_and_scale(p), seed, G, BLOCK)
+    return y
+# fmt: on
+
+
+# %%
+# Programs that stay
+# ------------------
+#
+# In :ref:`fused lstm`, each step was two launches: a product, and a kernel. Now a program takes some
+# sequences and some units, and keeps them for all steps. Their cell c and their masks stay in its
+# registers.
+#
+# Only h has to travel. The product for one unit needs the masked state of *all* units of a
+# sequence, and other programs have computed most of those. So each program writes its part of the
+# masked state, and in the next step reads all parts. They travel through L2, the cache that all
+# multiprocessors share.
+#
+# .. image:: /_static/lstm_sequence.svg
+#    :alt: Three programs, each with its units and its columns of U. In each step a program reads the masked state of all units from L2, multiplies, and writes its own part of the next state. A counter in L2 is the barrier: each program adds 1 when its part is written, and waits until all have.
+#
+# Between writing and reading stands a *barrier*. A program that has written its part adds 1 to a
+# counter: it *arrives*. Before it reads, it waits until all programs have arrived. There are two
+# buffers for the masked state, one for even and one for odd steps, so that nobody overwrites what
+# another program is still reading. Programs with different sequences need nothing from each other, so
+# each block of sequences has a counter of its own.
+
+
+@triton.jit
+def arrive(arrived_ptr):
+    """Say that this program has stored what the others wait for."""
+    tl.debug_barrier()  # wait for all threads of this program
+    tl.atomic_add(arrived_ptr, 1, sem="release")
+
+
+@triton.jit
+def wait(arrived_ptr, n_arrivals):
+    """Wait for the others: from then on, what they stored before is seen."""
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < n_arrivals:
+        pass
+
+
+# %%
+# ``release`` and ``acquire`` belong together. If one program adds with ``release``, and another finds the
+# new count with ``acquire``, then the second also finds everything that the first stored before.
+#
+# Can this hang? Yes, if a program waits for one that can't start, because those that wait fill the
+# GPU. So all programs of a launch must be on the GPU at the same time. ``launch_cooperative_grid``
+# promises that: the GPU starts all of them, or refuses the launch with an error. (In Triton's
+# interpreter one program takes all units, and waits for nobody.)
+#
+# What does a step cost?
+# ----------------------
+#
+# For a program with R sequences and N units, three things come one after the other:
+#
+# - the *barrier*: an addition has to reach L2, and a look at the counter has to come back;
+# - the *bytes*: it reads R × H numbers of the state and 4N × H numbers of U. U is read again in each
+#   step, since Triton keeps no block of that size in registers from one step to the next;
+# - the *product*: R × H × 4N multiplications, on tensor cores.
+#
+# For example, with 1024 units and 80 sequences, there are 2 × 64 programs of 40 sequences and 16
+# units. Together they read 128 × (40 + 64) × 1024, or 13.6 million numbers a step, though U has
+# only 4.2 million. Larger blocks would read less, but then fewer multiprocessors would have work.
+#
+# Everything else should happen while a program waits anyway. So the kernel loads what came from the
+# input *before* it waits, and it arrives *before* it stores what only the backward pass will read.
+
+
+@triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
+def sequence_kernel(
+    gates_ptr,  # (T, B, 4, H): what the inputs gave, replaced by the gates' values
+    h_ptr, c_ptr,  # (T + 1, B, H): row t is the state before step t
+    masked_ptr,  # (2, G, B, H): the masked state, for even and for odd steps
+    weight_ptr,  # (4, H, H)
+    lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr,
+    arrived_ptr, rows, first_block,
+    G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, ROWS)[:, None]
+    block = first_block + tl.program_id(0)
+    sequence = block.to(tl.int64) * rows + row
+    exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
+    length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
+    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
+    state = sequence * n_units + unit
+    plane = n_sequences.to(tl.int64) * n_units
+    c = tl.load(c_ptr + state, mask=exists, other=0.0)  # float32 or float64
+    if c.dtype != tl.float64:
+        scale = tl.cast(scale, tl.float32)
+
+    # The four columns of U of each unit stand side by side, so that one product does all gates.
+    k = tl.arange(0, K)
+    column = tl.arange(0, 4 * UNITS)[None, :]
+    owner = tl.program_id(1) * UNITS + column // 4
+    row_of_u = (column % 4).to(tl.int64) * n_units + owner
+    u_ptr = weight_ptr + row_of_u * n_units + k[:, None]
+    x_ptr = masked_ptr + sequence * n_units + k[None, :]
+    arrived_ptr += block
+    for t in range(n_steps):
+        gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit
+        from_i = tl.load(gate, mask=exists, other=0.0)
+        from_f = tl.load(gate + n_units, mask=exists, other=0.0)
+        from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0)
+        from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0)
+        wait(arrived_ptr, t * tl.num_programs(1))
+        product = tl.zeros((ROWS, 4 * UNITS), c.dtype)
+        for part in tl.static_range(G):
+            part_ptr = x_ptr + (t % 2 * G + part) * plane
+            for first in range(0, n_units, K):
+                # .cg: from L2, since L1 does not notice what other programs write
+                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier=".cg")
+                if G == 1:
+                    u = tl.load(u_ptr + first)
+                else:  # 0 in the place of the other gates' columns
+                    u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
+                product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
+        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2)))
+        i, g = tl.split(even)
+        f, o = tl.split(odd)
+
+        active = exists & (t < length)
+        i = tl.sigmoid(tl.where(active, i + from_i, 0.0))
+        f = tl.sigmoid(tl.where(active, f + from_f, 0.0))
+        g = tanh(tl.where(active, g + from_g, 0.0))
+        o = tl.sigmoid(tl.where(active, o + from_o, 0.0))
+        c = tl.where(active, f * c + i * g, 0.0)
+        h = o * tanh(c)
+        for part in tl.static_range(G):
+            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0)
+            next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane
+            tl.store(next_ptr + state, kept, mask=exists)
+        arrive(arrived_ptr)
+        tl.store(gate, i, mask=exists)
+        tl.store(gate + n_units, f, mask=exists)
+        tl.store(gate + 2 * n_units, g, mask=exists)
+        tl.store(gate + 3 * n_units, o, mask=exists)
+        tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists)
+        tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
+
+
+# %%
+# The launch
+# ----------
+#
+# The sizes of blocks were found by measuring. The first ones with which all programs fit on the GPU are
+# taken. If even with the last ones there are too many sequences, they go into several launches. Units
+# come in multiples of 128, filled up with units that stay 0, so no load of a unit needs a mask.
+
+# At most so many sequences in a program; programs on a multiprocessor; units, warps, stages.
+TILES = [
+    (16, 2, 16, 4, 3),
+    (64, 1, 16, 8, 3),
+    (32, 2, 16, 4, 3),
+    (64, 1, 32, 8, 4),
+    (64, 1, 64, 8, 2),
+]
+
+
+def blocks_for(tiles, n_sequences, n_units, device):
+    """Sequences and units of a program, blocks of sequences, how many fit at once, options."""
+    if INTERPRET:  # one program
+        return 16, n_units, triton.cdiv(n_sequences, 16), 1, {}
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    for tile, programs, units, warps, stages in tiles:
+        row_blocks = triton.cdiv(n_sequences, tile)
+        at_once = programs * processors // (n_units // units)
+        options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
+        if row_blocks <= at_once:
+            break
+    if at_once == 0:
+        fit = processors * units
+        raise ValueError(f"at most {fit} units fit this GPU, got {n_units}")
+    return tile, units, row_blocks, at_once, options
+
+
+def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
+    n_steps, n_sequences, n_units = len(h) - 1, *h.shape[1:]
+    if n_steps == 0 or n_sequences == 0:
+        return
+    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device)
+    rows, K = triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 and h.dtype == torch.float32 else "ieee"
+    arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
+    # The interpreter's tl.dot takes bfloat16 for integers.
+    widen = INTERPRET and h.dtype == torch.bfloat16
+    work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
+    with torch.cuda.device_of(h):
+        for first in range(0, row_blocks, at_once):
+            kernel[min(at_once, row_blocks - first), n_units // units](
+                *work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed,
+                arrived, rows, first, G, tile, units, K, precision, **options,
+            )  # fmt: skip
+    if widen:
+        torch._foreach_copy_(tensors[:2], work[:2])  # what the kernels return
+
+
+def launch_sequence(from_input, weight, h0, c0, lengths, p, seed, early=0):
+    """h and c before each step and after the last, and the gates' values."""
+    n_steps, n_sequences, _, n_units = from_input.shape
+    G, n_real = len(weight), h0.shape[1]
+    gates = from_input.clone(memory_format=torch.contiguous_format)
+    gates[..., n_real:] = 0  # units that fill up a row; an infinite input made them NaN
+    h = gates.new_empty(n_steps + 1, n_sequences, n_units)
+    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
+    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
+    masked = h.new_empty(2, G, n_sequences, n_units)
+    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+    tensors = gates, h, c, masked, weight.contiguous(), lengths
+    launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early)
+    return h, c, gates
+
+
+# %%
+# Is it right?
+# ------------
+#
+# Compare with the plain loop, in float64. 35 sequences make more than one block. And run it twice: if
+# the barrier failed now and then, some bits would change.
+
+
+def plain_loop(from_input, weight, h, c, masks):
+    outputs = []
+    for step in from_input:
+        product = torch.bmm(masks * h, weight.mT).transpose(0, 1)
+        i, f, g, o = (step + product.reshape(step.shape)).unbind(1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    T, B, H, p = 4, 35, 16 if INTERPRET else 128, 0.3
+    seed, lengths = torch.tensor([7], device=DEVICE), torch.full((B,), T, device=DEVICE)
+    for G in (4, 1):
+        sizes = (T, B, 4, H), (G, 4 * H // G, H), (B, H), (B, H)
+        inputs = [torch.randn(size, device=DEVICE, dtype=torch.float64) for size in sizes]
+        masks = launch_gate_dropout(inputs[0].new_ones(G, 1, B, H), p, seed)[:, 0]
+        h, _, _ = launch_sequence(*inputs, lengths, p, seed)
+        wanted = plain_loop(*inputs, masks)
+        torch.testing.assert_close(h[1:], wanted)
+        assert torch.equal(h, launch_sequence(*inputs, lengths, p, seed)[0])
+        error = (h[1:] - wanted).abs().max()
+        print(f"{G} masks: outputs within {error:.0e} of the loop's; twice the same bits")
+
+# %%
+# Each part alone
+# ---------------
+#
+# Now measure what you predicted, per step, with everything captured in a CUDA graph. The barrier alone
+# is a kernel that does nothing else. To measure all but the waiting, let the counter start at a
+# billion, so that nobody ever waits. (The results are wrong, of course.) The product alone is
+# PyTorch's. cuDNN runs the same steps without recurrent dropout; it gets only 8 inputs, so that its
+# product with W hardly counts.
+
+
+@triton.jit
+def barrier_kernel(arrived_ptr, n_steps):
+    for t in range(n_steps):
+        wait(arrived_ptr, t * tl.num_programs(0))
+        arrive(arrived_ptr)
+
+
+def launch_barriers(n_programs):
+    arrived = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    barrier_kernel[(n_programs,)](arrived, 70, launch_cooperative_grid=True)
+
+
+LINES = {
+    "whole sequence": ("#d55e00", "-"),
+    "whole sequence, nobody waits": ("#d55e00", ":"),
+    "barrier alone": ("#cc79a7", "-"),
+    "product with U alone": ("#555555", "--"),
+    "cuDNN, no recurrent dropout": ("#0072b2", "-"),
+}
+
+
+@triton.testing.perf_report(triton.testing.Benchmark(
+    x_names=["n_units"], x_vals=[128, 256, 512, 1024, 1152, 2048], line_arg="line",
+    line_vals=list(LINES), line_names=list(LINES), styles=list(LINES.values()),
+    xlabel=f"units, one of 70 steps, batch 80, bfloat16\n{MACHINE}", ylabel="µs",
+    plot_name="sequence-lstm-step", args={},
+))  # fmt: skip
+@torch.no_grad()
+def benchmark(n_units, line):
+    like = {"device": DEVICE, "dtype": torch.bfloat16}
+    x = torch.randn(70, 80, 4, n_units, **like)
+    U = torch.randn(4 * n_units, n_units, **like) / 30
+    state, lengths = x.new_zeros(80, n_units), torch.full((80,), 70, device=DEVICE)
+    seed = torch.tensor([7], device=DEVICE)
+    sequence = x, U[None], state, state.float(), lengths, 0.3, seed
+    lstm, inputs = torch.nn.LSTM(8, n_units).to(**like), torch.randn(70, 80, 8, **like)
+    run = dict(zip(LINES, (
+        lambda: launch_sequence(*sequence), lambda: launch_sequence(*sequence, early=10**9),
+        lambda: launch_barriers(n_units // 16),
+        lambda: [linear(state, U) for _ in range(70)], lambda: lstm(inputs),
+    ), strict=True))[line]  # fmt: skip
+    run()
+    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return triton.testing.do_bench(graph.replay, return_mode="median") / 70 * 1e3
+
+
+if __name__ == "__main__" and not INTERPRET:
+    times = benchmark.run(show_plots=True, return_df=True)
+    for n, _, busy, *_ in times.values:
+        tile, units, row_blocks, *_ = blocks_for(TILES, 80, int(n), DEVICE)
+        n_bytes = row_blocks * (n // units) * (80 / row_blocks + 4 * units) * n * 2
+        print(f"{n:.0f} units: {n_bytes / 2**20:.1f} MiB a step", end="")
+        print(f" are {n_bytes / busy / 1e6:.1f} TB/s if nobody waits")
+
+# %%
+# The barrier takes longer the more programs meet, but not by much. With few units it is a large part
+# of a step. With many units the bytes count: they grow with the square of the units. Add the barrier
+# to the dotted line, and you are near the solid one. What is missing is mostly the time until the
+# first numbers of the state arrive, which nobody can load before the barrier.
+#
+# Then compare the whole with the product alone. A launch of its own costs time even in a graph, about
+# as much as a barrier, and the whole does without. The backward pass is the same loop from the end:
+# :ref:`sequence backward`.
+#
+# Exercises
+# ---------
+#
+# 1. Replace recurrent dropout by zoneout (Krueger et al., 2017): at each step, a unit keeps its old c
+#    with probability p, and independently its old h.
+# 2. Move ``arrive`` below the stores of the gates, of c and of h, and measure. Then move the four
+#    loads of the gates below ``wait``. Why does the order matter?
+#
+# .. note::
+#    Try it first.
+#
+#    1. A program has to keep its old h, too. It draws anew at each step, so the step enters the
+#       counter. What enters the product is no longer masked.
+#
+#       .. code-block:: diff
+#
+#          @@ in sequence_kernel
+#          -    c = tl.load(c_ptr + state, mask=exists, other=0.0)  # float32 or float64
+#          +    c = tl.load(c_ptr + state, mask=exists, other=0.0)  # float32 or float64
+#          +    h = tl.load(h_ptr + state, mask=exists, other=0.0).to(c.dtype)
+#          @@
+#          -        c = tl.where(active, f * c + i * g, 0.0)
+#          -        h = o * tanh(c)
+#          +        drawn = (t + 1) * n_sequences + sequence
+#          +        drawn = tl.randint4x(tl.load(seed_ptr), (drawn << 32) | unit)
+#          +        new = f * c + i * g
+#          +        c = tl.where(drawn[0].to(tl.int64) >= threshold, new, c)
+#          +        h = tl.where(drawn[1].to(tl.int64) >= threshold, o * tanh(new), h)
+#          +        c, h = tl.where(active, c, 0.0), tl.where(active, h, 0.0)
+#          @@
+#          -            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0)
+#          +            kept = h
+#          @@ in launch_sequence
+#          -    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+#          +    masked[0] = h[0]
+#
+#    2. The results stay the same, and each step takes longer. The other programs wait for what
+#       stands before ``arrive``, and loads that stand behind ``wait`` begin only when it ends. Both
+#       lie on the way from one step to the next; moved out, they overlap with the waiting.
+#
+# References
+# ----------
+#
+# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_,
+#   2016: how cuDNN's got fast.
+# - G. Diamos et al., `Persistent RNNs: stashing recurrent weights on-chip <https://proceedings.mlr.press/v48/diamos16.html>`_,
+#   2016.
+# - D. Krueger et al., `Zoneout: regularizing RNNs by randomly preserving hidden activations <https://arxiv.org/abs/1606.01305>`_,
+#   2017.
+# - `FlashRNN <https://github.com/NX-AI/flashrnn>`_ by NX-AI, and `Haste <https://github.com/lmnt-com/haste>`_ by LMNT: both run a whole
+#   sequence on the GPU, with kernels in CUDA.
