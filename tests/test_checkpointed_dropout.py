@@ -355,9 +355,6 @@ def test_gradients_of_nested_checkpoints(blocks, randn):
     assert torch.equal(gradients(blocks, x, nested), expected)
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
-)
 @pytest.mark.parametrize("way", [plain, checkpointed, nested])
 def test_gradients_of_compiled_networks(blocks, randn, way, backend):
     torch.compiler.reset()

@@ -391,9 +391,6 @@ def test_other_rounds_are_another_mask(randn):
     assert not torch.equal(launch_seeded_dropout4x(x, 0.5, 7, 7), ten)
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
-)
 def test_compiles_without_a_graph_break(randn, backend):
     def step(x, seed):
         return seeded_dropout4x(2 * x, 0.3, seed) + 1

@@ -220,7 +220,6 @@ def test_operators_keep_their_promises(randn, dtype):
     torch.library.opcheck(slice_backward_op, (x, x))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_a_graph_break(randn, backend):
     def attend(x):
         return 2 * slice_softmax(x / 3)

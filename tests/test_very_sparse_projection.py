@@ -313,9 +313,6 @@ def test_operator_keeps_its_promises(randn, dtype, density):
             torch.library.opcheck(very_sparse_jl_op, (sample, 7, 5, density, transposed))
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
-)
 def test_compiles_without_a_graph_break(randn, density, backend):
     def step(x, k, seed):
         return very_sparse_jl(2 * x, k, seed, density) + 1
