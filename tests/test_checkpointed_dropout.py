@@ -151,8 +151,8 @@ def test_gradients(randn):
     def function(x):
         return replayed_dropout(x, 0.3, seed_of(7), 5)
 
-    torch.autograd.gradcheck(function, x)
-    torch.autograd.gradgradcheck(function, x)
+    torch.autograd.gradcheck(function, x, fast_mode=True)
+    torch.autograd.gradgradcheck(function, x, fast_mode=True)
     gradient = randn(5, 4, dtype=torch.float64).T
     (got,) = torch.autograd.grad(function(x), x, gradient)
     assert torch.equal(got, function(gradient))
@@ -356,9 +356,6 @@ def test_gradients_of_nested_checkpoints(blocks, randn):
     assert torch.equal(gradients(blocks, x, nested), expected)
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
-)
 @pytest.mark.parametrize("way", [plain, checkpointed, nested])
 def test_gradients_of_compiled_networks(blocks, randn, way, backend):
     torch.compiler.reset()

@@ -9,8 +9,8 @@ import ast
 import html
 import re
 
+from course import lessons, plain
 from docutils import nodes
-from reading import lessons, plain
 from sphinx import addnodes
 
 

@@ -14,10 +14,10 @@ from math import ceil, isfinite
 from pathlib import Path
 from textwrap import indent
 
+from course import lessons
 from docutils import nodes
 from docutils.parsers.rst import directives
 from lesson_runs import on_gpu
-from reading import lessons
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from tabulate import tabulate
 
