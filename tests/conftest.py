@@ -46,6 +46,14 @@ def layout(request):
     return LAYOUTS[request.param]
 
 
+@pytest.fixture(
+    params=["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]  # slow on a CPU
+)
+def backend(request):
+    """What ``torch.compile`` compiles with."""
+    return request.param
+
+
 @pytest.fixture
 def randn():
     """Normal numbers on the lessons' device, the same in every run."""

@@ -96,8 +96,8 @@ def test_gradients_of_first_and_second_order(randn):
     def function(x):
         return block_dropout(x, 0.3, 7, (6, 8), (2, 1))
 
-    torch.autograd.gradcheck(function, x)
-    torch.autograd.gradgradcheck(function, x)
+    torch.autograd.gradcheck(function, x, fast_mode=True)
+    torch.autograd.gradgradcheck(function, x, fast_mode=True)
 
 
 def test_functional_gradient(randn):
@@ -114,9 +114,6 @@ def test_forward_mode_is_an_error(randn):
         block_dropout(x, 0.3, 7, (6, 8), (2, 1))
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
-)
 def test_compiles_without_a_graph_break(randn, backend):
     def step(x):
         return block_dropout(2 * x, 0.3, 7, (6, 8), (2, 1)) + 1

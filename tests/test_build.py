@@ -291,6 +291,8 @@ def test_a_site_with_an_address_and_a_repository_says_so(project):
         'property="og:image" content="https://example.org/kernels/(.*?)"', page
     )
     assert (project.site / card).exists()
+    promise = re.findall('(?:name|property)="(?:og:)?description" content="(.*?)"', page)
+    assert len(promise) == 2 and len(set(promise)) == 1 and "lesson" not in promise[0]
     assert address in (project.site / "sitemap.xml").read_text()
     assert 'href="/kernels/index.html"' in (project.site / "404.html").read_text()
     assert "edit/main/docs/index.md" in (project.site / "index.html").read_text()
@@ -615,11 +617,13 @@ def test_options_are_added_to_those_of_the_build():
     assert "docs/_ext/build.py -D lesson_limit=1200" in output
 
 
-@pytest.mark.parametrize("marker", [None, "pyvenv.cfg"])
+@pytest.mark.parametrize("marker", [None, "pyvenv.cfg", "ready"])
 def test_a_folder_that_make_did_not_fill_is_not_emptied(tmp_path, marker):
     folder = tmp_path / "precious"
     folder.mkdir()
-    (folder / (marker or "thesis.tex")).write_text("years of work")
+    file = folder / (marker or "thesis.tex")
+    file.write_text("years of work")
+    os.utime(file, (0, 0))
     status, output = make("html", f"VENV={folder}", f"PYTHON={sys.executable}")
     assert status != 0 and "has files that make did not put there" in output
     assert [path.read_text() for path in folder.iterdir()] == ["years of work"]
@@ -633,14 +637,14 @@ def test_an_environment_that_make_made_is_made_anew(tmp_path):
     )
     python.chmod(0o755)
     (tmp_path / "venv/lib").mkdir(parents=True)
-    for name in ("ready", "lib/old"):
+    for name in ("ready", "pyvenv.cfg", "lib/old"):
         (tmp_path / "venv" / name).touch()
     os.utime(tmp_path / "venv/ready", (0, 0))
     for _ in range(2):  # it fails after the old is removed, and can be tried again
         status, output = make("html", f"VENV={tmp_path}/venv", f"PYTHON={python}")
         assert status != 0 and "did not put there" not in output
         names = sorted(path.name for path in (tmp_path / "venv").iterdir())
-        assert names == ["new", "ready"]
+        assert names == ["new", "pyvenv.cfg", "ready"]
 
 
 def test_a_folder_with_a_space_for_the_environment_gets_a_sentence(tmp_path):

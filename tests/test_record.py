@@ -261,6 +261,10 @@ def recorded(recorder):
         ("lesson_a.speed.csv", "HEADER\n1024,fast,3,1,1\n"),
         ("lesson_a.speed.csv", "HEADER\nmany,2,3,1,1\n"),
         ("lesson_a.speed.csv", "HEADER\n1024,nan,3,1,1\n"),
+        ("lesson_a.speed.csv", "HEADER\n1024,inf,3,1,1\n"),
+        ("lesson_a.speed.csv", "HEADER\n1024,-2,3,1,1\n"),
+        ("lesson_a.speed.csv", "HEADER\n1024,2,3,1,1\n1024,2,3,1,1\n"),
+        ("lesson_a.speed.csv", "HEADER\n,2,3,1,1\n"),
         ("lesson_a.speed.csv", None),
     ],
 )  # fmt: skip
@@ -271,6 +275,33 @@ def test_a_garbled_file_is_named(recorded, file, text):
     with pytest.raises(schema.RecordError, match=file):
         (machine,) = schema.machines(recorded.results.parent)
         machine.read("lesson_a.speed")
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("gpu", None),
+        ("torch", 2.11),
+        ("runs", "two"),
+        ("benchmarks lesson_a.speed", None),
+        ("benchmarks lesson_a.speed xlabel", None),
+        ("benchmarks lesson_a.speed x_log", "false"),
+        ("benchmarks lesson_a.speed lines ours", ["reddish", "-"]),
+        ("benchmarks lesson_a.speed lines ours colour", "reddish"),
+        ("benchmarks lesson_a.speed lines ours dashes", "zz"),
+    ],
+)
+def test_a_fact_of_another_kind_is_named(recorded, where, value):
+    path = recorded.results / "machine.json"
+    facts = json.loads(path.read_text())
+    *keys, last = where.split(" ")
+    inner = facts
+    for key in keys:
+        inner = inner[key]
+    inner[last] = value
+    path.write_text(json.dumps(facts))
+    with pytest.raises(schema.RecordError, match=r"machine\.json: "):
+        schema.machines(recorded.results.parent)
 
 
 def test_a_peer_may_refuse_a_size(recorded):

@@ -1,5 +1,6 @@
 import math
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -260,9 +261,10 @@ def test_mask_is_the_same_for_every_dtype(dtype, function):
 
 # How random are the masks? On a GPU over 2^30 elements. Each check fails for one sound generator
 # in a million.
-N = 2**17 if INTERPRET else 2**30
+N = 2**16 if INTERPRET else 2**30
 
 
+@lru_cache(maxsize=32 if INTERPRET else 0)  # on a GPU it is quick, and large
 def many(p, seed, n=N):
     x = torch.ones(n, device=DEVICE, dtype=torch.float16)
     return seeded_dropout4x(x, p, seed) != 0
@@ -317,8 +319,8 @@ def test_gradient_is_the_mask_again(randn, dtype):
 @pytest.mark.parametrize("p", [0, 0.3, 1])
 def test_gradients_of_first_and_second_order(randn, p):
     x = randn(4, 5, dtype=torch.float64).requires_grad_()
-    torch.autograd.gradcheck(lambda x: seeded_dropout4x(x, p, 7), x)
-    torch.autograd.gradgradcheck(lambda x: seeded_dropout4x(x, p, 7), x)
+    torch.autograd.gradcheck(lambda x: seeded_dropout4x(x, p, 7), x, fast_mode=True)
+    torch.autograd.gradgradcheck(lambda x: seeded_dropout4x(x, p, 7), x, fast_mode=True)
 
 
 def test_incoming_gradients_of_any_layout(randn, layout):
@@ -389,9 +391,6 @@ def test_other_rounds_are_another_mask(randn):
     assert not torch.equal(launch_seeded_dropout4x(x, 0.5, 7, 7), ten)
 
 
-@pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.gpu)]
-)
 def test_compiles_without_a_graph_break(randn, backend):
     def step(x, seed):
         return seeded_dropout4x(2 * x, 0.3, seed) + 1

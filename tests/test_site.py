@@ -6,12 +6,14 @@ import re
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import forked
 import nbclient
 import nbformat
 import pytest
 from benchmarks import schema
 from bs4 import BeautifulSoup
-from fused_softmax import INTERPRET
+from conftest import INTERPRET
+from IPython.core.interactiveshell import InteractiveShell
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "_build/html"
@@ -313,17 +315,39 @@ def test_notebook_starts_by_installing_the_pinned_packages(name):
     assert set(packages) <= set(pinned)
 
 
-@pytest.mark.parametrize("name", LESSONS)
-def test_notebook_runs_alone_in_an_empty_folder(name, tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "PIP_NO_INDEX", "1"
-    )  # the packages are there; change no version of them
-    nb = notebook(name)
+def test_a_notebook_runs_in_jupyter(tmp_path, monkeypatch):
+    """One that takes little: the others run in IPython, which Jupyter calls."""
+    # The packages are there; change no version of them.
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    nb = notebook("block_dropout")
     nbclient.NotebookClient(nb, kernel_name="python3", timeout=600).execute(cwd=tmp_path)
     outputs = [
         output for cell in nb.cells if cell.cell_type == "code" for output in cell.outputs
     ]
     assert any(output.output_type == "stream" for output in outputs)
+
+
+def run_cells(cells, folder):
+    os.chdir(folder)
+    shell = InteractiveShell.instance()
+    for cell in cells:
+        shell.run_cell(cell, store_history=True).raise_error()
+
+
+@pytest.mark.parametrize("name", LESSONS)
+def test_notebook_runs_alone_in_an_empty_folder(name, tmp_path, monkeypatch):
+    """In a process that has the packages imported. That they can be installed is seen above."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    install, *cells = [
+        cell.source for cell in notebook(name).cells if cell.cell_type == "code"
+    ]
+    assert install == notebook("block_dropout").cells[0].source
+    (tmp_path / "empty").mkdir()
+    process = forked.start(tmp_path / "log", run_cells, cells, str(tmp_path / "empty"))
+    process.join(600)
+    output = (tmp_path / "log").read_text()
+    assert process.exitcode == 0, output
+    assert output
 
 
 def test_the_glossary_is_linked_at_the_first_use_of_a_word():

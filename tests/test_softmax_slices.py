@@ -24,9 +24,14 @@ WIDTHS = [1, 2, 3, 8, 33, 1000, 2048, 2049, 4095, 4096, 4097, 8192, 8193]
 WIDTHS += [12160, 16384, 16385, 16388, 20000, 20480, 32767, 50257]
 
 
+def some(n_cols):
+    """Rows: fewer wide ones, which take the interpreter long."""
+    return 3 if n_cols < 10_000 else 2
+
+
 @pytest.mark.parametrize("n_cols", WIDTHS)
 def test_widths(randn, dtype, n_cols):
-    check(randn(3, n_cols, dtype=dtype), slice_softmax)
+    check(randn(some(n_cols), n_cols, dtype=dtype), slice_softmax)
 
 
 @pytest.mark.parametrize("n_rows", [1, 2, 4])
@@ -67,22 +72,22 @@ def test_empty(shape, dtype):
 
 @pytest.mark.parametrize("n_cols", [37, 16_400])
 def test_layouts(randn, layout, n_cols):
-    check(layout(randn(6, n_cols)), slice_softmax)
+    check(layout(randn(some(n_cols), n_cols)), slice_softmax)
 
 
 def test_rows_that_do_not_begin_at_multiples_of_16_bytes(randn, dtype):
-    storage = randn(4 * 17_000 + 1, dtype=dtype)
+    storage = randn(2 * 17_000 + 1, dtype=dtype)
     for first in (0, 1):
         for n_cols in (40, 16_400):
             for stride in (n_cols, 16_999, 17_000):
-                x = storage.as_strided((3, n_cols), (stride, 1), first)
+                x = storage.as_strided((2, n_cols), (stride, 1), first)
                 check(x, slice_softmax)
 
 
 def test_expanded(randn):
-    check(randn(1, 20_000).expand(4, 20_000), slice_softmax)
-    check(randn(4, 1).expand(4, 20_000), slice_softmax)
-    check(randn(20_000, 2, 2).permute(2, 1, 0), slice_softmax)
+    check(randn(1, 20_000).expand(2, 20_000), slice_softmax)
+    check(randn(2, 1).expand(2, 20_000), slice_softmax)
+    check(randn(20_000, 2, 1).permute(2, 1, 0), slice_softmax)
 
 
 def test_input_is_left_alone(randn):
@@ -93,8 +98,8 @@ def test_input_is_left_alone(randn):
 
 
 def test_large_values(randn):
-    check(randn(3, 20_000) * 1e4, slice_softmax)
-    check(randn(3, 20_000) * 1e4 + 1e6, slice_softmax)
+    check(randn(2, 20_000) * 1e4, slice_softmax)
+    check(randn(2, 20_000) * 1e4 + 1e6, slice_softmax)
     check(torch.full((2, 20_000), 3e38, device=DEVICE), slice_softmax)
 
 
@@ -124,7 +129,7 @@ def test_the_nan_that_means_not_yet_is_no_trap(bits):
 
 
 def test_same_bits_twice(randn):
-    x = randn(5, 20_001)
+    x = randn(2, 20_001)
     y = slice_softmax(x)
     assert torch.equal(slice_softmax(x), y)
     assert torch.equal(launch_slice_backward(x, y), launch_slice_backward(x, y))
@@ -145,15 +150,16 @@ def test_negated_views():
 
 @pytest.mark.parametrize("n_cols", [1, 2, 33, 781, 4097, 8193, 16385, 20000, 50257])
 def test_gradient(randn, dtype, n_cols):
-    x = randn(3, n_cols, dtype=dtype).requires_grad_()
-    check_gradient(x, randn(3, n_cols, dtype=dtype), slice_softmax)
+    x, dy = randn(2, some(n_cols), n_cols, dtype=dtype)
+    check_gradient(x.requires_grad_(), dy, slice_softmax)
 
 
 @pytest.mark.parametrize("n_cols", [17, 16_400])
 def test_gradients_of_any_layout(randn, layout, n_cols):
-    x = layout(randn(6, n_cols)).requires_grad_()
-    check_gradient(x, layout(randn(6, n_cols)), slice_softmax)
-    check_gradient(x, randn(6, 1).expand(6, n_cols), slice_softmax)
+    n_rows = some(n_cols)
+    x = layout(randn(n_rows, n_cols)).requires_grad_()
+    check_gradient(x, layout(randn(n_rows, n_cols)), slice_softmax)
+    check_gradient(x, randn(n_rows, 1).expand(n_rows, n_cols), slice_softmax)
 
 
 def test_gradients_of_first_and_second_order(randn):
@@ -220,7 +226,6 @@ def test_operators_keep_their_promises(randn, dtype):
     torch.library.opcheck(slice_backward_op, (x, x))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_a_graph_break(randn, backend):
     def attend(x):
         return 2 * slice_softmax(x / 3)

@@ -1,7 +1,9 @@
 """The answers that are folded below the exercises: their code runs, and is right."""
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 import textwrap
 from itertools import count
@@ -486,10 +488,20 @@ def test_ranks_with_different_seeds_are_noticed(solve):
         dist.destroy_process_group()
 
 
-def test_samples_that_are_divided_as_well_change_no_loss(tmp_path, monkeypatch):
+# The lesson's worker on one rank, and another one on four, which are forks of one process.
+TWO_RUNS = """
+import sys
+import ranks
+ranks.fork(1, ranks.train, 0, 3, "", "one.pt")
+print(flush=True)
+ranks.lesson.WORKER = open("worker.py").read()
+ranks.fork(4, ranks.train, 0, 3, "", "four.pt")
+"""
+
+
+def test_samples_that_are_divided_as_well_change_no_loss(tmp_path):
     import sharded_dropout
 
-    one = sharded_dropout.train_on(1, 0, 3, tmp_path)
     worker = sharded_dropout.WORKER
     diff = code("sharded_dropout", 2, "diff").splitlines()
     old = [line[1:] for line in diff if line.startswith("-")]
@@ -497,7 +509,17 @@ def test_samples_that_are_divided_as_well_change_no_loss(tmp_path, monkeypatch):
     for before, after in zip(old, new, strict=True):
         assert before in worker
         worker = worker.replace(before, after)
-    monkeypatch.setattr(sharded_dropout, "WORKER", worker)
-    four = sharded_dropout.train_on(4, 0, 3, tmp_path)
-    losses = torch.tensor([[float(loss) for loss in run.split()] for run in (one, four)])
-    torch.testing.assert_close(losses[1], losses[0], rtol=2e-5, atol=2e-5)
+    (tmp_path / "worker.py").write_text(worker)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    result = subprocess.run(
+        [sys.executable, "-c", TWO_RUNS],
+        cwd=tmp_path,
+        env=environment | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert not result.returncode, result.stderr
+    losses = [[float(loss) for loss in run.split()] for run in result.stdout.splitlines()]
+    one, four = torch.tensor(losses)
+    assert len(one) == 3
+    torch.testing.assert_close(four, one, rtol=2e-5, atol=2e-5)

@@ -94,10 +94,9 @@ def generator_mask(seed, width):
 #
 # Four places share a call of Philox. A thread loads 16 bytes at a time, which are ``GROUP``
 # neighbours: eight of bfloat16, and they take two calls. If a row begins in the middle of four
-# places, so do its groups, and each of them takes one call more. The thread notes in the bits of an
-# integer which of the words keep their element, and shifts out the bits of the words that belong to
-# places before its own. If the launch finds that the places of all rows begin at a multiple of
-# four, it compiles the kernel with ``ALIGNED``, which leaves out the call and the shift.
+# places, so do its groups, and each takes one call more. The thread notes in the bits of an integer
+# which words keep their element, and shifts out those of places before its own. If the launch finds
+# that all rows begin at a multiple of four, ``ALIGNED`` leaves out the call and the shift.
 
 
 @triton.jit
@@ -121,15 +120,15 @@ def block_dropout_kernel(
         place += coordinate * places[d]
         address += coordinate * strides[d]
 
-    # A bit for each word: is it at least the threshold? Each element takes its bit.
-    calls = tl.arange(0, COLS // GROUP)[None, :] * (GROUP // 4)
-    counters = (place + first_col) // 4 + calls
+    # A bit for each word. Each element takes its own.
+    groups = tl.arange(0, COLS // GROUP)[None, :]
+    counters = (place + first_col) // 4 + groups * (GROUP // 4)
     bits = tl.zeros((ROWS, COLS // GROUP), tl.int32)
     for call in tl.static_range(GROUP // 4 if ALIGNED else GROUP // 4 + 1):
         words = tl.randint4x(seed, counters + call)
         for i in tl.static_range(4):
-            large = words[i] >= tl.cast(threshold, tl.uint32)
-            bits |= large.to(tl.int32) << (4 * call + i)
+            keep = words[i] >= tl.cast(threshold, tl.uint32)
+            bits |= keep.to(tl.int32) << (4 * call + i)
     if not ALIGNED:
         bits >>= (place % 4).to(tl.int32)
     if GROUP == 8:

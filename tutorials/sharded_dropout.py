@@ -80,15 +80,15 @@ def block_dropout_kernel(
         place += coordinate * places[d]
         address += coordinate * strides[d]
 
-    # A bit for each word: is it at least the threshold? Each element takes its bit.
-    calls = tl.arange(0, COLS // GROUP)[None, :] * (GROUP // 4)
-    counters = (place + first_col) // 4 + calls
+    # A bit for each word. Each element takes its own.
+    groups = tl.arange(0, COLS // GROUP)[None, :]
+    counters = (place + first_col) // 4 + groups * (GROUP // 4)
     bits = tl.zeros((ROWS, COLS // GROUP), tl.int32)
     for call in tl.static_range(GROUP // 4 if ALIGNED else GROUP // 4 + 1):
         words = tl.randint4x(seed, counters + call)
         for i in tl.static_range(4):
-            large = words[i] >= tl.cast(threshold, tl.uint32)
-            bits |= large.to(tl.int32) << (4 * call + i)
+            keep = words[i] >= tl.cast(threshold, tl.uint32)
+            bits |= keep.to(tl.int32) << (4 * call + i)
     if not ALIGNED:
         bits >>= (place % 4).to(tl.int32)
     if GROUP == 8:

@@ -5,6 +5,7 @@ An entry is known by its first link. The lessons that have it are named behind i
 
 import re
 
+from course import lessons
 from docutils import nodes
 from sphinx.util.docutils import SphinxDirective
 
@@ -38,13 +39,12 @@ def family_name(entry):
 
 def fill(app, doctree, docname):
     for place in doctree.findall(bibliography):
-        entries, lessons = {}, {}
-        folder = app.config.sphinx_gallery_conf["gallery_dirs"]
-        for lesson in app.env.toctree_includes[f"{folder}/index"]:
-            for entry in references(app.env.get_doctree(lesson)):
+        entries, where = {}, {}
+        for lesson in lessons(app):
+            for entry in references(app.env.get_doctree(lesson.docname)):
                 link = next(entry.findall(outside))["refuri"]
                 entries.setdefault(link, entry)
-                lessons.setdefault(link, []).append(lesson)
+                where.setdefault(link, []).append(lesson)
         listed = nodes.bullet_list(classes=["bibliography"])
         for link in sorted(entries, key=lambda link: family_name(entries[link])):
             entry = entries[link]
@@ -52,9 +52,9 @@ def fill(app, doctree, docname):
                 entry[-1], nodes.Text
             ):  # what follows a colon concerns a lesson
                 entry[-1] = nodes.Text(entry[-1].partition(":")[0].rstrip(". \n") + ". ")
-            for lesson in lessons[link]:
-                uri = app.builder.get_relative_uri(docname, lesson)
-                title = app.env.titles[lesson].astext()
+            for lesson in where[link]:
+                uri = app.builder.get_relative_uri(docname, lesson.docname)
+                title = app.env.titles[lesson.docname].astext()
                 entry += [nodes.Text(" → "), nodes.reference("", title, refuri=uri)]
             listed += nodes.list_item("", entry)
         place.replace_self(listed)

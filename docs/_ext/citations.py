@@ -19,7 +19,8 @@ def pattern(names):
     """Matches the first author, with the others and the year if they follow."""
     others = "|".join(map(re.escape, names))
     return re.compile(
-        rf"\b{re.escape(names[0])}\b(?![-–])(?:(?:, | and )(?:{others})\b)*(?: et al\.)?(?:, \d{{4}})?"
+        rf"\b{re.escape(names[0])}\b(?![-–])(?:(?:,|\sand)\s(?:{others})\b)*"
+        r"(?:\set al\.)?(?:,\s\d{4}\b)?"
     )
 
 
@@ -35,7 +36,7 @@ def cite(paragraph, name, words):
 
 
 def link(app, doctree):
-    entries = list(references(doctree))
+    entries = [entry for entry in references(doctree) if any(entry.findall(outside))]
     listed = {id(p) for entry in entries for p in entry.parent.parent.findall()}
     for entry in entries:
         names = authors(entry)
@@ -43,7 +44,7 @@ def link(app, doctree):
         if names and name not in doctree.ids:  # of two, the first is meant
             doctree.ids[name] = entry.parent
             entry.parent["ids"].append(name)
-            for paragraph in doctree.findall(nodes.paragraph):
+            for paragraph in list(doctree.findall(nodes.paragraph)):
                 if id(paragraph) not in listed:
                     cite(paragraph, name, pattern(names))
 

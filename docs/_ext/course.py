@@ -92,12 +92,24 @@ def scripts(app, every=False):
 
 
 def lessons(app):
-    """All lessons, in reading order."""
-    folder = app.config.sphinx_gallery_conf["gallery_dirs"]
-    return [
-        Lesson(script.stem, f"{folder}/{script.stem}", part, number, **describe(script))
-        for script, number, part in order(app)
-    ]
+    """All lessons, in reading order. They are described once a build: it parses their scripts."""
+    if not hasattr(app, "described_lessons"):
+        folder = app.config.sphinx_gallery_conf["gallery_dirs"]
+        app.described_lessons = [
+            Lesson(
+                script.stem, f"{folder}/{script.stem}", part, number, **describe(script)
+            )
+            for script, number, part in order(app)
+        ]
+    return app.described_lessons
+
+
+def plain(text, found):
+    """A lesson's words without markup: labels of lessons become their titles."""
+    titles = {lesson.label: lesson.title for lesson in found}
+    text = re.sub(r":ref:`([^`<>]+)`", lambda label: titles.get(label[1], label[1]), text)
+    text = re.sub(r":\w+:`([^`<]+?)(?: <[^`]*>)?`|`([^`<]+?) <[^`]*>`__?", r"\1\2", text)
+    return re.sub(r"``([^`]+)``|`([^`]+)`", r"\1\2", text)
 
 
 def minutes(app, lesson):

@@ -4,8 +4,8 @@
 """
 
 import re
-from pathlib import Path
 
+from course import lessons
 from docutils import nodes
 
 NOT_IN = (nodes.reference, nodes.literal, nodes.title, nodes.raw, nodes.image)
@@ -23,8 +23,7 @@ def pattern(terms, exceptions):
 
 
 def link(app, doctree, docname):
-    lessons = app.config.sphinx_gallery_conf["gallery_dirs"]
-    if Path(docname).parent.name != lessons or Path(docname).name == "index":
+    if docname not in {lesson.docname for lesson in lessons(app)}:
         return
     std = app.env.domains["std"]
     entries = {

@@ -12,7 +12,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from reading import lessons, plain
+from course import lessons, plain
 
 CELL = ".. GENERATED FROM PYTHON SOURCE LINES"
 ANSWERS = re.compile(

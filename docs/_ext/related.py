@@ -5,8 +5,8 @@ What stands beside it in the reading order is linked anyway, and what it needs i
 
 from collections import Counter
 
+from course import lessons
 from docutils import nodes
-from reading import lessons
 from sphinx import addnodes
 
 MOST = 2

@@ -15,14 +15,14 @@ function distance(a, b) {
   return row[b.length];
 }
 
-/* Words of titles and names come first, then those of the text. Long words may differ by two letters. */
+/* Words of titles and names come first, then stems of those of the text. Long words may differ by two letters. */
 function nearest(word, lists) {
   if (word.length < 4 || /[^a-z]/.test(word) || stopwords.has(word)) return word;
   const stem = new Stemmer().stemWord(word);
   if (lists.some((list) => list.some((known) => known.includes(stem)))) return word;
   for (let most = 1; most <= (word.length < 8 ? 1 : 2); most++)
     for (const list of lists) {
-      const found = list.find((known) => [word, stem].some((one) => distance(one, known) <= most));
+      const found = list.find((known) => distance(list === lists[0] ? word : stem, known) <= most);
       if (found) return found;
     }
   return word;

@@ -1,5 +1,7 @@
 """Draw recorded benchmarks."""
 
+import re
+
 import figures
 import matplotlib
 from matplotlib.figure import Figure
@@ -33,12 +35,8 @@ def span(values, form):
 
 def powers(text):
     """``2^28`` as it is written: 2²⁸."""
-    raised = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-    pieces = text.split("2^")
-    for i, piece in enumerate(pieces[1:], 1):
-        digits = len(piece) - len(piece.lstrip("0123456789"))
-        pieces[i] = f"2{piece[:digits].translate(raised)}{piece[digits:]}"
-    return "".join(pieces)
+    raised = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+    return re.sub(r"(?<=2)\^(-?\d+)", lambda power: power[1].translate(raised), text)
 
 
 def size(x):

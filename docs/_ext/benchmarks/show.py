@@ -9,14 +9,15 @@ the role ``recorded`` is one number.
 
 import re
 import shutil
+from html import escape
 from math import ceil, isfinite
 from pathlib import Path
 from textwrap import indent
 
+from course import lessons
 from docutils import nodes
 from docutils.parsers.rst import directives
 from lesson_runs import on_gpu
-from reading import lessons
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from tabulate import tabulate
 
@@ -317,21 +318,28 @@ def show_recorded(app, docname, source):
 
 
 def cards(app):
-    """For each lesson with a record the picture that social media show, if the site has an address."""
+    """The pictures that social media show, if the site has an address: a lesson's first benchmark, else "site"."""
     found = {}
     for machine in machines(app)[:1] if app.config.html_baseurl else ():
         for name, benchmark in machine.benchmarks.items():
             found.setdefault(benchmark.lesson, (machine, name))
+        if app.config.recorded_headline[1] in machine.benchmarks:
+            found["site"] = machine, app.config.recorded_headline[1]
     return found
 
 
 def name_card(app, doctree):
-    lesson = app.env.docname.rpartition("/")[2]
-    if lesson in cards(app):
+    found, page = cards(app), app.env.docname.rpartition("/")[2]
+    page = page if page in found else "site"
+    if page in found:
+        machine, name = found[page]
         base = app.config.html_baseurl.rstrip("/")
-        app.env.metadata[app.env.docname]["og:image"] = (
-            f"{base}/_images/{lesson}_card.png"
-        )
+        app.env.metadata[app.env.docname] |= {
+            "og:image": f"{base}/_images/{page}_card.png",
+            "og:image:alt": escape(
+                draw.message(machine.benchmarks[name], machine.read(name)) or name
+            ),
+        }
 
 
 def draw_cards(app, exception):
