@@ -64,8 +64,8 @@ clean:  ## remove what was generated (the environment stays)
 active:
 	@$(RUN) docs/_ext/packages.py
 
-# Problems that a newcomer can meet here get a sentence that says what to do. The file "ready" marks
-# an environment that was made here, and is old until all is installed.
+# Problems that a newcomer can meet here get a sentence that says what to do. The file "ready" beside
+# "pyvenv.cfg" marks an environment that was made here, and is old until all is installed.
 $(READY): requirements.txt
 	@command -v $(PYTHON) > /dev/null || \
 	    { echo "$(PYTHON) was not found. Install Python 3.11 or later (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
@@ -75,9 +75,9 @@ $(READY): requirements.txt
 	    { echo "Triton is published for Linux on x86-64 and 64-bit Arm only. On Windows use WSL; on a Mac, a Linux container."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || \
 	    { echo "$(PYTHON) cannot create environments. On Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@test -z "$$(ls -A $(VENV) 2> /dev/null)" || test -e $@ || \
+	@test -z "$$(ls -A $(VENV) 2> /dev/null)" || test -e $@ -a -e $(VENV)/pyvenv.cfg || \
 	    { echo "$(VENV) has files that make did not put there, and would be emptied. Name a folder that is new, or activate your own environment and say: make $(MAKECMDGOALS) VENV="; exit 1; }
-	@mkdir -p $(VENV) && touch -d @0 $@ && find "$(VENV)/" -mindepth 1 ! -path $@ -delete
+	@mkdir -p $(VENV) && touch -d @0 $@ && find "$(VENV)/" -mindepth 1 ! -path $@ ! -path $(@D)/pyvenv.cfg -delete
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt || \
 	    { echo "The requirements could not be installed: see pip's message above. torch and triton have wheels for Python 3.11 to 3.14; another Python is chosen with make PYTHON=python3.12"; exit 1; }

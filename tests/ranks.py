@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -21,7 +22,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tutorials"))
 import sharded_dropout as lesson
-import triton
 from sharded_dropout import DEVICE, INTERPRET, launch_block_dropout, sharded_dropout
 
 
@@ -61,32 +61,66 @@ def check_gradients(mesh):
         torch.testing.assert_close(gradient.full_tensor(), right, rtol=1e-4, atol=1e-6)
 
 
-def measure(mesh, n=2**27):
-    """GB/s of each rank while all work, and of this rank alone for the same block."""
-    n_ranks, rows = dist.get_world_size(), n // 8192
+def gpu_seconds(run, calls=10):
+    """Of one call on the GPU. Calls that follow each other hide what a call costs the CPU."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / calls / 1000
 
-    def speed(run):
-        dist.barrier()
-        return 4 * n / triton.testing.do_bench(run, return_mode="median") / 1e6
 
+def cpu_seconds(run, calls=100):
+    """Of one call until it returns."""
+    torch.accelerator.synchronize()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    seconds = (time.perf_counter() - start) / calls
+    torch.accelerator.synchronize()
+    return seconds
+
+
+def runs(mesh, rows):
+    """What is measured, for blocks of this many rows of 8192 elements."""
     block = torch.randn(rows, 8192, device=DEVICE, dtype=torch.bfloat16)
-    print_once(
-        "GB/s of one rank, bfloat16, 2^27 elements each", torch.accelerator.device_count()
-    )
+    n_ranks, rank = dist.get_world_size(), dist.get_rank()
+    calls = {"copy": block.clone}
     for placement in (Shard(0), Shard(1), Replicate()):
         x = DTensor.from_local(block, mesh, [placement], run_check=False)
-        calls = {
-            "sharded_dropout": lambda x=x: sharded_dropout(x, 0.5, 7),
-            "F.dropout of the DTensor": lambda x=x: torch.nn.functional.dropout(x, 0.5),
-            "the launch, for one GPU": lambda: launch_block_dropout(
-                block, 0.5, 7, list(block.shape), [0, 0]
-            ),
-            "copy": block.clone,
-        }
-        for name, run in calls.items():
-            slowest = torch.tensor(speed(run), device=DEVICE)
-            dist.all_reduce(slowest, op=dist.ReduceOp.MIN)
-            print_once(f"{n_ranks} ranks, {placement}: {name}: {slowest.item():.0f}")
+        offsets = [0, 0]
+        if placement.is_shard():
+            offsets[placement.dim] = rank * block.shape[placement.dim]
+        arguments = block, 0.5, 7, list(x.shape), offsets
+        name = f"{n_ranks} ranks, {placement}"
+        calls[f"{name}: sharded_dropout"] = lambda x=x: sharded_dropout(x, 0.5, 7)
+        calls[f"{name}: launch"] = lambda a=arguments: launch_block_dropout(*a)
+        calls[f"{name}: F.dropout"] = lambda x=x: torch.nn.functional.dropout(x)
+    return calls
+
+
+def measure(mesh, n=2**28, repeats=5):
+    """GB/s of the slowest rank while all work, and the CPU's time of a call for a tiny block.
+
+    Nothing is sent while a time is taken. Each round measures everything once.
+    """
+    large, small = runs(mesh, n // 8192), runs(mesh, 1)
+    for run in (*large.values(), *small.values()):
+        run()
+    times = [
+        [[gpu_seconds(large[name]), cpu_seconds(small[name])] for name in large]
+        for _ in range(repeats)
+    ]
+    times = torch.tensor(times, device=DEVICE).median(dim=0).values
+    dist.all_reduce(times, op=dist.ReduceOp.MAX)
+    print_once(f"bfloat16, {n} elements a rank, medians of {repeats}, the slowest rank")
+    copy = times[0, 0].item()
+    for name, (gpu, cpu) in zip(large, times.tolist(), strict=True):
+        speed = f"{4 * n / gpu / 1e9:.0f} GB/s, {copy / gpu:.2f} of the copy"
+        print_once(f"{name}: {speed}; CPU {1e6 * cpu:.0f} us a call")
 
 
 def print_once(*values):

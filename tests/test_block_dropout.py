@@ -20,6 +20,7 @@ BLOCKS = [  # shape of the whole, offsets, shape of the block
     ((3, 4, 5, 7), (1, 1, 1, 1), (2, 2, 3, 5)),
     ((2, 2, 2, 2, 2, 2), (0, 1, 0, 1, 0, 0), (2, 1, 2, 1, 2, 2)),
     ((3, 3000), (1, 700), (2, 2100)),
+    ((3, 4099), (0, 1), (3, 4098)),
     ((), (), ()),
 ]
 
@@ -163,3 +164,15 @@ def test_more_than_2_to_the_31_elements():
     y = block_dropout(x, 0.5, 7, shape, (2, 8))
     end = block_dropout(x[1:, -100:], 0.5, 7, shape, (3, 2**30 - 84))
     assert torch.equal(y[1:, -100:], end)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_draws_the_mask_anew(randn):
+    x, arguments = randn(64, 96), (0.3, 7, (128, 96), (64, 0))
+    expected = block_dropout(2 * x, *arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = block_dropout(x, *arguments)
+    x.mul_(2)
+    graph.replay()
+    assert torch.equal(y, expected)

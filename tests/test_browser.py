@@ -150,6 +150,8 @@ def test_a_page_reads_fully_without_javascript(visit, browser, url):
         ("tl.rand", "reference/random.html#"),
         ("row_softmax", "tutorials/fused_softmax.html#as-a-public-function"),
         ("50257", "tutorials/"),
+        ("softmx", "tutorials/fused_softmax.html"),
+        ("sedeed dropout", "tutorials/seeded_dropout.html"),
     ],
 )
 def test_search_leads_where_a_reader_wants(page, words, target):
@@ -160,6 +162,15 @@ def test_search_leads_where_a_reader_wants(page, words, target):
     assert re.search(target, first.get_attribute("href").partition("?")[0] + "#")
     first.click()
     assert page.locator("main article h1").first.is_visible()
+
+
+def test_a_search_says_which_word_it_took_for_one_that_no_page_has(page):
+    page.goto("search.html?q=softmx")
+    said = page.get_by_text("No page has “softmx”. These are the results for “softmax”.")
+    said.wait_for()
+    page.goto("search.html?q=softmax")
+    page.wait_for_selector("ul.search li a")
+    assert not page.get_by_text("No page has").count()
 
 
 @pytest.mark.skipif(not RECORD, reason="nothing is on record")
@@ -236,6 +247,23 @@ def test_paper_holds_the_whole_page(visit, tmp_path):
         assert last in printed
 
 
+def test_paper_shows_each_tab_below_its_name(page):
+    page.goto("install.html")
+    page.evaluate(
+        """document.querySelector("main article").innerHTML += `<div class="sd-tab-set">
+        <input type="radio" name="n" id="a" checked><label for="a">A</label>
+        <div class="sd-tab-content">one</div>
+        <input type="radio" name="n" id="b"><label for="b">B</label>
+        <div class="sd-tab-content">two</div></div>`"""
+    )
+    page.emulate_media(media="print")
+    tabs = page.locator(".sd-tab-set").last
+    assert tabs.inner_text().split() == ["A", "one", "B", "two"]
+    shown = tabs.locator("label, .sd-tab-content").all()
+    heights = [part.bounding_box()["y"] for part in shown]
+    assert heights == sorted(set(heights))
+
+
 @pytest.mark.parametrize("name", LESSONS)
 def test_outputs_are_shown_whole(page, name):
     page.goto(f"tutorials/{name}.html")
@@ -266,6 +294,24 @@ def test_a_formula_scrolls_from_the_keyboard(page):
     page.goto("tutorials/softmax_tiles.html")
     for formula in page.locator(".formula").all():
         assert formula.get_attribute("tabindex") == "0"
+
+
+def test_maths_has_its_font_and_pages_without_maths_do_not_load_it(page):
+    font = """[...document.fonts].filter(f => f.family.includes("STIX Two Math"))
+        .map(f => f.status)"""
+    for name, status in ("tutorials/softmax_tiles", "loaded"), ("install", "unloaded"):
+        page.goto(f"{name}.html")
+        page.evaluate("document.fonts.ready.then(() => 0)")
+        has_maths = page.locator("math").count() > 0
+        assert page.evaluate(font) == [status] and has_maths == (status == "loaded")
+
+
+def test_a_citation_leads_to_the_reference(page):
+    page.goto("tutorials/very_sparse_projection.html")
+    link = page.get_by_role("link", name="Li, Hastie and Church")
+    link.first.click()
+    entry = page.locator(":target")
+    assert "Very sparse random projections" in entry.inner_text()
 
 
 def test_the_header_is_one_line(page):

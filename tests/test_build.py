@@ -291,6 +291,8 @@ def test_a_site_with_an_address_and_a_repository_says_so(project):
         'property="og:image" content="https://example.org/kernels/(.*?)"', page
     )
     assert (project.site / card).exists()
+    promise = re.findall('(?:name|property)="(?:og:)?description" content="(.*?)"', page)
+    assert len(promise) == 2 and len(set(promise)) == 1 and "lesson" not in promise[0]
     assert address in (project.site / "sitemap.xml").read_text()
     assert 'href="/kernels/index.html"' in (project.site / "404.html").read_text()
     assert "edit/main/docs/index.md" in (project.site / "index.html").read_text()
@@ -394,6 +396,23 @@ def test_a_figure_has_an_alternative_that_tells_what_it_shows(project):
     image = BeautifulSoup(project.page("first"), "html.parser").select_one("article img")
     assert image["alt"] == 'GB/s over rows; at 4: ours 5.25, "torch" < 2 & more 3.5'
     assert "sphx-glr-single-img" in image["class"]
+
+
+PICTURES = """
+import matplotlib.pyplot as plt
+figure, axes = plt.subplots(1, 2)
+for axis, title in zip(axes, ("kept", "again")):
+    axis.imshow([[0, 1], [0, 0]])
+    axis.set_title(title)
+"""
+
+
+def test_a_picture_s_alternative_tells_how_many_cells_are_filled(project):
+    project.write("first", "one", then=PICTURES)
+    project.ran()
+    image = BeautifulSoup(project.page("first"), "html.parser").select_one("article img")
+    first = "kept: picture 1, 2 by 2 cells, 25% of them not 0"
+    assert image["alt"] == f"{first}. again: picture 2, the same as picture 1"
 
 
 FIGURE = """
@@ -598,11 +617,13 @@ def test_options_are_added_to_those_of_the_build():
     assert "docs/_ext/build.py -D lesson_limit=1200" in output
 
 
-@pytest.mark.parametrize("marker", [None, "pyvenv.cfg"])
+@pytest.mark.parametrize("marker", [None, "pyvenv.cfg", "ready"])
 def test_a_folder_that_make_did_not_fill_is_not_emptied(tmp_path, marker):
     folder = tmp_path / "precious"
     folder.mkdir()
-    (folder / (marker or "thesis.tex")).write_text("years of work")
+    file = folder / (marker or "thesis.tex")
+    file.write_text("years of work")
+    os.utime(file, (0, 0))
     status, output = make("html", f"VENV={folder}", f"PYTHON={sys.executable}")
     assert status != 0 and "has files that make did not put there" in output
     assert [path.read_text() for path in folder.iterdir()] == ["years of work"]
@@ -616,14 +637,14 @@ def test_an_environment_that_make_made_is_made_anew(tmp_path):
     )
     python.chmod(0o755)
     (tmp_path / "venv/lib").mkdir(parents=True)
-    for name in ("ready", "lib/old"):
+    for name in ("ready", "pyvenv.cfg", "lib/old"):
         (tmp_path / "venv" / name).touch()
     os.utime(tmp_path / "venv/ready", (0, 0))
     for _ in range(2):  # it fails after the old is removed, and can be tried again
         status, output = make("html", f"VENV={tmp_path}/venv", f"PYTHON={python}")
         assert status != 0 and "did not put there" not in output
         names = sorted(path.name for path in (tmp_path / "venv").iterdir())
-        assert names == ["new", "ready"]
+        assert names == ["new", "pyvenv.cfg", "ready"]
 
 
 def test_a_folder_with_a_space_for_the_environment_gets_a_sentence(tmp_path):

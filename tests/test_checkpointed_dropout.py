@@ -4,6 +4,7 @@ import math
 import pickle
 from functools import partial
 
+import checkpointed_dropout
 import pytest
 import torch
 from checkpointed_dropout import (
@@ -514,6 +515,24 @@ def test_each_replay_of_a_captured_step_has_masks_of_its_own(blocks, randn):
         losses.append(captured[0].sum().item())
     assert len(set(losses)) == 3
     assert seeds.passes.item() == others.passes.item() == 5
+
+
+def test_masks_that_every_replay_of_a_graph_would_repeat_are_an_error(randn, monkeypatch):
+    """A capture as Python sees it, so that this needs no GPU."""
+    masks = Seeds(0).next_pass()
+    monkeypatch.setattr(checkpointed_dropout, "capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="call next_pass in the CUDA graph"):
+        SeededDropout(0.5)(randn(9), masks)
+    assert SeededDropout(0.5)(randn(9), Seeds(0).next_pass()).shape == (9,)
+
+
+@pytest.mark.gpu
+def test_masks_from_before_a_capture_are_an_error(randn):
+    x, masks = randn(9), Seeds(0).next_pass()
+    SeededDropout(0.5)(x, masks)
+    error = pytest.raises(RuntimeError, match="call next_pass in the CUDA graph")
+    with error, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        SeededDropout(0.5)(x, masks)
 
 
 @pytest.mark.gpu

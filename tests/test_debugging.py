@@ -2,6 +2,9 @@
 
 import math
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from debugging import (
     padded_softmax_kernel,
     run_script,
 )
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_block_that_is_no_power_of_two_is_refused():
@@ -102,3 +107,23 @@ def test_the_race_loses_additions():
     out = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     count_kernel[(100_000,)](out, False)
     assert out.item() < 100_000
+
+
+def test_two_threads_in_the_interpreter_need_a_lock():
+    """What the install page says of them, and that its advice works."""
+    page = " ".join((ROOT / "docs/install.md").read_text().split())
+    assert (
+        '"Did you forget to add @triton.jit?". Use processes, or hold a `threading.Lock`'
+        in page
+    )
+    x, lock = torch.ones(1000, device=DEVICE), threading.Lock()
+
+    def copies(_):
+        y = torch.zeros_like(x)
+        for _ in range(20):
+            with lock:
+                copy_kernel[(4,)](y, x, 1000, 256, True)
+        return bool((y == x).all())
+
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(copies, range(2))) == [True, True]

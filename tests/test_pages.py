@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import benchmarks.show
 import bibliography
+import citations
 import course
 import figures
 import findable
@@ -128,6 +129,24 @@ def test_a_picture_becomes_a_link_unless_it_is_in_one_or_decorates():
 )
 def test_entries_are_sorted_by_the_first_authors_family_name(entry, name):
     assert bibliography.family_name(nodes.paragraph(text=entry)) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("as Li, Hastie and Church showed", "Li, Hastie and Church"),
+        ("once (Li et al.,\n2006).", "Li et al.,\n2006"),
+        ("Li, and later Church", "Li"),
+        ("a Li-Church transform; Linear; Church", None),
+    ],
+)
+def test_citations_are_known_by_the_first_author(text, found):
+    entry = nodes.paragraph(text="P. Li, T. Hastie and K. W. Church, ")
+    entry += nodes.reference("", "Very sparse random projections", refuri="https://a.b")
+    names = citations.authors(entry)
+    assert names == ["Li", "Hastie", "Church"]
+    match = citations.pattern(names).search(text)
+    assert (match and match[0]) == found
 
 
 def test_a_word_of_the_glossary_is_found_but_not_in_a_phrase_that_means_something_else():

@@ -6,7 +6,7 @@ import sys
 import matplotlib
 import pandas as pd
 import pytest
-from benchmarks import draw, nvml, record, schema
+from benchmarks import draw, nvml, record, schema, show
 
 LESSON = """
 import triton
@@ -261,6 +261,10 @@ def recorded(recorder):
         ("lesson_a.speed.csv", "HEADER\n1024,fast,3,1,1\n"),
         ("lesson_a.speed.csv", "HEADER\nmany,2,3,1,1\n"),
         ("lesson_a.speed.csv", "HEADER\n1024,nan,3,1,1\n"),
+        ("lesson_a.speed.csv", "HEADER\n1024,inf,3,1,1\n"),
+        ("lesson_a.speed.csv", "HEADER\n1024,-2,3,1,1\n"),
+        ("lesson_a.speed.csv", "HEADER\n1024,2,3,1,1\n1024,2,3,1,1\n"),
+        ("lesson_a.speed.csv", "HEADER\n,2,3,1,1\n"),
         ("lesson_a.speed.csv", None),
     ],
 )  # fmt: skip
@@ -271,6 +275,33 @@ def test_a_garbled_file_is_named(recorded, file, text):
     with pytest.raises(schema.RecordError, match=file):
         (machine,) = schema.machines(recorded.results.parent)
         machine.read("lesson_a.speed")
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("gpu", None),
+        ("torch", 2.11),
+        ("runs", "two"),
+        ("benchmarks lesson_a.speed", None),
+        ("benchmarks lesson_a.speed xlabel", None),
+        ("benchmarks lesson_a.speed x_log", "false"),
+        ("benchmarks lesson_a.speed lines ours", ["reddish", "-"]),
+        ("benchmarks lesson_a.speed lines ours colour", "reddish"),
+        ("benchmarks lesson_a.speed lines ours dashes", "zz"),
+    ],
+)
+def test_a_fact_of_another_kind_is_named(recorded, where, value):
+    path = recorded.results / "machine.json"
+    facts = json.loads(path.read_text())
+    *keys, last = where.split(" ")
+    inner = facts
+    for key in keys:
+        inner = inner[key]
+    inner[last] = value
+    path.write_text(json.dumps(facts))
+    with pytest.raises(schema.RecordError, match=r"machine\.json: "):
+        schema.machines(recorded.results.parent)
 
 
 def test_a_peer_may_refuse_a_size(recorded):
@@ -302,6 +333,21 @@ def test_of_times_the_shorter_is_the_better():
     assert stand.loc[2**28].tolist() == [0.5, "copy", 1.5, "F.dropout"]
     title = "ours: 50% of “copy”, 1.50 times “F.dropout”"
     assert draw.message(benchmark, table) == title
+
+
+def test_sizes_at_which_the_limit_is_a_launch_are_not_losses():
+    facts = {"xlabel": "n", "x_log": True, "y_log": False, "commit": "", "date": ""}
+    table = pd.DataFrame(
+        {"ours": [1.0, 2, 3], "copy": [1.0, 49, 100]}, [2**10, 2**20, 2**28]
+    )
+    lines = schema.roles({"ours": STYLES["ours"], "copy": STYLES["copy"]})
+    speed = schema.Benchmark(**facts, unit="GB/s", lines=lines)
+    assert show.busy(speed, table) == [False, False, True]
+    time = schema.Benchmark(**facts, unit="ms", lines=lines)
+    assert show.busy(time, table) == [True] * 3
+    del lines["copy"]
+    no_limit = schema.Benchmark(**facts, unit="GB/s", lines=lines)
+    assert show.busy(no_limit, table[["ours"]]) == [True] * 3
 
 
 def test_the_gpu_that_comes_first_is_a_setting(recorder):

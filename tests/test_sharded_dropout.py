@@ -1,5 +1,7 @@
 """Dropout of tensors that are divided among ranks: simulated ones, and processes."""
 
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from seeded_dropout import seeded_dropout4x
 from sharded_dropout import (
     DEVICE,
     INTERPRET,
+    BlockDropout,
     block_of,
     sharded_dropout,
 )
@@ -122,6 +125,44 @@ def test_blocks_of_any_rank_without_a_mesh():
     assert block_of((5, 9), (2, 3), (1, 2), (Replicate(), Shard(1))) == ((0, 6), (5, 3))
     where = (2**20, 2**25), (2**10, 2**10), (2**10 - 1, 5), (Shard(0), Shard(1))
     assert block_of(*where) == ((2**20 - 2**10, 5 * 2**15), (2**10, 2**15))
+
+
+def test_the_blocks_of_16384_ranks_fill_the_tensor():
+    shape, mesh_shape = (1001, 12, 700), (64, 16, 16)  # uneven, and some are empty
+    placements = Shard(0), Shard(1), Shard(2)
+    edges = [set(), set(), set()]
+    n_elements = 0
+    for coordinates in itertools.product(*map(range, mesh_shape)):
+        offsets, sizes = block_of(shape, mesh_shape, coordinates, placements)
+        n_elements += math.prod(sizes)
+        for d in range(3):
+            # Along a dimension the block depends on one coordinate, and continues the last.
+            edges[d].add((coordinates[d], offsets[d], offsets[d] + sizes[d]))
+    for d, ends in enumerate(edges):
+        _, begins, ends = zip(*sorted(ends), strict=True)
+        assert len(begins) == mesh_shape[d]
+        assert begins == (0, *ends[:-1]) and ends[-1] == shape[d]
+    assert n_elements == math.prod(shape)
+
+
+def test_the_process_group_may_be_gone(as_rank, randn):
+    x = DTensor.from_local(randn(2, 5), as_rank(1, 4), [Shard(0)], run_check=False)
+    y = sharded_dropout(x, 0.3, 7).to_local()
+    dist.destroy_process_group()
+    assert torch.equal(sharded_dropout(x, 0.3, 7).to_local(), y)
+
+
+def test_a_mesh_that_was_never_started(randn):
+    mesh = dist.device_mesh.DeviceMesh(DEVICE, [0, 1], _init_backend=False, _rank=1)
+    x = DTensor.from_local(randn(2, 5), mesh, [Shard(0)], run_check=False)
+    whole = seeded_dropout4x(torch.ones(4, 5, device=DEVICE), 0.3, 7)
+    assert torch.equal(sharded_dropout(x, 0.3, 7).to_local() != 0, whole[2:] != 0)
+
+
+def test_forward_mode_is_an_error(randn):
+    x, arguments = randn(3, 5), (0.3, 7, [6, 5], [3, 0])
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+        BlockDropout.apply(torch.autograd.forward_ad.make_dual(x, x), *arguments)
 
 
 def test_no_rank_communicates_and_no_tensor_is_kept(as_rank, randn):

@@ -46,7 +46,7 @@ def test_result_does_not_depend_on_the_lag(randn, n_rows, lag_bytes):
 
 @triton.jit
 def place_kernel(mask_ptr, t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr):
-    _, mask = slice_at(t, exists != 0, n_cols, SLICES, BLOCK)
+    _, mask, _, _ = slice_at(t, exists != 0, n_cols, SLICES, BLOCK, 2)
     tl.store(mask_ptr + tl.arange(0, BLOCK), mask.to(tl.int32))
 
 

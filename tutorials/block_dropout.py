@@ -92,44 +92,51 @@ def generator_mask(seed, width):
 # each dimension between the last and the first, and none for the elements. (Places and addresses
 # need 64 bits, and a GPU needs many instructions to divide numbers of 64 bits.)
 #
-# Four places share a call of Philox. If a row begins in the middle of such a group, the program
-# starts at the beginning of the group, up to three elements early, and masks those. If the launch
-# finds that all rows begin with a group, it compiles the kernel with ``ALIGNED``, which leaves this
-# out and can load 16 bytes at a time.
+# Four places share a call of Philox. A thread loads 16 bytes at a time, which are ``GROUP``
+# neighbours: eight of bfloat16, and they take two calls. If a row begins in the middle of four
+# places, so do its groups, and each takes one call more. The thread notes in the bits of an integer
+# which words keep their element, and shifts out those of places before its own. If the launch finds
+# that all rows begin at a multiple of four, ``ALIGNED`` leaves out the call and the shift.
 
 
 @triton.jit
 def block_dropout_kernel(
     y_ptr, x_ptr, n_rows, n_cols, first, sizes, places, strides,
     threshold, scale: tl.float64, seed,
-    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    n_col_blocks = tl.cdiv(n_cols if ALIGNED else n_cols + 3, COLS)
-    row_block = (tl.program_id(0) // n_col_blocks).to(tl.int64)
-    rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
+    pid, n_col_blocks = tl.program_id(0), tl.cdiv(n_cols, COLS)
+    rows = (pid // n_col_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first_col = (pid % n_col_blocks).to(tl.int64) * COLS
+    cols = first_col + tl.arange(0, COLS)[None, :]
 
     # From the number of a row to the place of its first element, and to its address.
     place = tl.zeros((ROWS, 1), tl.int64) + first
     address = tl.zeros((ROWS, 1), tl.int64)
     rest = rows
     for d in tl.static_range(len(sizes)):  # from the last dimension to the first
-        coordinate = rest
-        if d + 1 < len(sizes):
-            coordinate = rest % sizes[d]
-            rest = rest // sizes[d]
+        coordinate = rest % sizes[d] if d + 1 < len(sizes) else rest
+        rest = rest // sizes[d]
         place += coordinate * places[d]
         address += coordinate * strides[d]
 
-    first_col = (tl.program_id(0) % n_col_blocks).to(tl.int64) * COLS
-    cols = first_col + tl.arange(0, COLS)[None, :]
+    # A bit for each word. Each element takes its own.
+    groups = tl.arange(0, COLS // GROUP)[None, :]
+    counters = (place + first_col) // 4 + groups * (GROUP // 4)
+    bits = tl.zeros((ROWS, COLS // GROUP), tl.int32)
+    for call in tl.static_range(GROUP // 4 if ALIGNED else GROUP // 4 + 1):
+        words = tl.randint4x(seed, counters + call)
+        for i in tl.static_range(4):
+            keep = words[i] >= tl.cast(threshold, tl.uint32)
+            bits |= keep.to(tl.int32) << (4 * call + i)
     if not ALIGNED:
-        cols -= place % 4
-    counters = (place + first_col) // 4 + tl.arange(0, COLS // 4)[None, :]
-    w0, w1, w2, w3 = tl.randint4x(seed, counters)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    keep = words >= tl.cast(threshold, tl.uint32)
+        bits >>= (place % 4).to(tl.int32)
+    if GROUP == 8:
+        bits = tl.interleave(bits, bits >> 4)
+    bits = tl.interleave(bits, bits >> 2)
+    keep = tl.interleave(bits, bits >> 1) & 1 == 1
 
-    inside = (rows < n_rows) & (cols >= 0) & (cols < n_cols)
+    inside = (rows < n_rows) & (cols < n_cols)
     x = tl.load(x_ptr + address + cols, mask=inside)
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
@@ -181,13 +188,14 @@ def launch_block_dropout(
     n_rows = x.numel() // n_cols
     sizes, places, strides = zip(*outer, strict=True) if outer else ((1,), (0,), (0,))
     ALIGNED = all(place % 4 == 0 for place in (first, *places))
-    width = n_cols if ALIGNED else n_cols + 3
-    COLS = min(max(triton.next_power_of_2(width), 4), 1024)
-    ROWS = 1024 // COLS
+    GROUP = max(16 // x.element_size(), 4)  # a thread loads 16 bytes at a time
+    BLOCK = (4096 if ALIGNED else 8192) // x.element_size()
+    COLS = min(max(triton.next_power_of_2(n_cols), GROUP), BLOCK)
+    ROWS = BLOCK // COLS
     with torch.cuda.device_of(x):
-        block_dropout_kernel[(triton.cdiv(n_rows, ROWS) * triton.cdiv(width, COLS),)](
+        block_dropout_kernel[(triton.cdiv(n_rows, ROWS) * triton.cdiv(n_cols, COLS),)](
             y, x, n_rows, n_cols, first, sizes, places, strides,
-            threshold, 1 / (1 - p), seed, ALIGNED, ROWS, COLS,
+            threshold, 1 / (1 - p), seed, ALIGNED, ROWS, COLS, GROUP,
         )  # fmt: skip
     return y
 
@@ -325,12 +333,11 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"Of the copy's speed, in the last line: {shares} for the three blocks.\n")
 
 # %%
-# On an H100, rows are about as fast as the copy in both dtypes, and so are columns in float32. In
-# bfloat16 columns are slower, although the bytes and the words are the same. The count does not
-# explain that. Odd columns cost more. Their groups of four places don't begin at multiples of 16
-# bytes in memory, so each element is loaded by itself, and in bfloat16 ``F.dropout`` is faster. On
-# the left, the lines of our kernel are low and jump from size to size. This launch does more in
-# Python than those of other lessons, and the CPU does not always stay ahead of the GPU.
+# On an H100, rows and columns are about as fast as the copy in both dtypes. Odd columns cost more:
+# eight elements of bfloat16 take three calls of Philox instead of two, and four elements of float32
+# take two instead of one. In bfloat16 they are still faster than ``F.dropout``. On the left, the
+# lines of our kernel are low and jump from size to size. This launch does more in Python than those
+# of other lessons, and the CPU does not always stay ahead of the GPU.
 #
 # As a public function
 # --------------------
@@ -455,14 +462,15 @@ def block_dropout(x, p, seed, shape, offsets):
 #          -    threshold, scale: tl.float64, seed,
 #          +    threshold, scale: tl.float64, seed_ptr,
 #          @@
-#          -    w0, w1, w2, w3 = tl.randint4x(seed, counters)
-#          +    w0, w1, w2, w3 = tl.randint4x(tl.load(seed_ptr), counters)
+#          -        words = tl.randint4x(seed, counters + call)
+#          +        words = tl.randint4x(tl.load(seed_ptr), counters + call)
 #          @@
 #          -    x: torch.Tensor, p: float, seed: int, shape: list[int], offsets: list[int]
 #          +    x: torch.Tensor, p: float, seed: torch.Tensor, shape: list[int], offsets: list[int]
 #
-#    2. The column takes four times as many. Four neighbours in a row share a call. In a column
-#       every element has a row of its own, and so a call of its own, of which it uses one word.
+#    2. The column takes ``GROUP`` times as many: eight times in bfloat16, four times in float32. In a
+#       row that many neighbours share their calls. In a column every element has a row of its own,
+#       so it makes all the calls of a group, and uses one word of them.
 #    3. Each of 2^64 counters gives four words, which makes 2^66 places, and 2^66 / 2^45 = 2^21,
 #       about two million tensors.
 #

@@ -235,18 +235,24 @@ def current_backward():
     return -1 if torch.compiler.is_compiling() else torch._C._current_graph_task_id()
 
 
+def capturing():
+    """Whether a CUDA graph is being captured."""
+    eager = DEVICE == "cuda" and not torch.compiler.is_compiling()
+    return eager and torch.cuda.is_current_stream_capturing()
+
+
 class Masks:
     """Counts the masks of one pass. Take it from ``Seeds.next_pass``."""
 
     def __init__(self, seed, above=0):
         self.seed, self.above, self.count = seed, above, 0
-        self.run = current_backward()
+        self.run, self.captured = current_backward(), capturing()
 
     def next_number(self):
         if self.run != current_backward():
-            raise RuntimeError(
-                "these masks are of the first run: use checkpointed instead"
-            )
+            raise RuntimeError("masks are of the first run: use checkpointed instead")
+        if capturing() and not self.captured:
+            raise RuntimeError("call next_pass in the CUDA graph, or its masks repeat")
         self.count += 1
         if self.count >= 2**12 or self.above >= 2**48:
             raise RuntimeError("no number is left: take new masks from Seeds.next_pass")
@@ -451,7 +457,8 @@ if __name__ == "__main__":
 # A training loop calls ``model(x, seeds.next_pass())``. For another batch of the same step, call
 # ``next_pass`` again. If you pass the same masks twice, they go on counting, so even then no mask
 # repeats. To resume a run, save ``seeds.state_dict()``, too. In a CUDA graph of a whole step,
-# ``next_pass`` is captured with the rest, so each replay has masks of its own.
+# ``next_pass`` is captured with the rest, so each replay has masks of its own. Masks that were made
+# before are an error.
 #
 # What it costs
 # -------------

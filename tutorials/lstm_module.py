@@ -50,105 +50,438 @@ if __name__ == "__main__":
         print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
-# The kernels
-# -----------
+# Repeated
+# --------
 #
-# The kernels and launches are those of :ref:`sequence lstm` and :ref:`sequence backward`, on few lines.
-# Skip them.
+# The kernels and launches of :ref:`sequence lstm` and :ref:`sequence backward`, so that the notebook
+# runs alone. You have read them.
 
 from torch.nn.functional import linear, pad
 
-# fmt: off
-# ruff: noqa: E701, E702
 Tensor = torch.Tensor
+
+
 @triton.jit
-def tanh(x): e = tl.exp(-2 * tl.abs(x)); far = (1 - e) / (1 + e); s = x * x; series = -929569 / 638512875 + s * (6404582 / 10854718875); series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series)); series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series))); t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far); return tl.where(x < 0, -t, t)
+def tanh(x):
+    e = tl.exp(-2 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    s = x * x
+    series = -929569 / 638512875 + s * (6404582 / 10854718875)
+    series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series))
+    series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
+    t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far)
+    return tl.where(x < 0, -t, t)
+
+
 @triton.jit
-def gate_dropout_kernel(y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64); unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK); inside = unit < n_units; words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
-    if x_ptr.dtype.element_ty != tl.float64: scale = tl.cast(scale, tl.float32)
-    for k in tl.static_range(G): x = tl.load(x_ptr + row * n_units + unit, mask=inside); kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0); tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside); x_ptr += gate_stride
+def gate_dropout_kernel(
+    y_ptr,
+    x_ptr,
+    gate_stride,
+    n_rows,
+    n_sequences,
+    n_units,
+    threshold,
+    scale: tl.float64,
+    seed_ptr,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = unit < n_units
+    words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
+    if x_ptr.dtype.element_ty != tl.float64:
+        scale = tl.cast(scale, tl.float32)
+    for k in tl.static_range(G):
+        x = tl.load(x_ptr + row * n_units + unit, mask=inside)
+        kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
+        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
+        x_ptr += gate_stride
+
+
 @triton.jit
-def arrive(arrived_ptr): tl.debug_barrier(); tl.atomic_add(arrived_ptr, 1, sem='release')
+def arrive(arrived_ptr):
+    tl.debug_barrier()
+    tl.atomic_add(arrived_ptr, 1, sem="release")
+
+
 @triton.jit
 def wait(arrived_ptr, n_arrivals):
-    while tl.atomic_add(arrived_ptr, 0, sem='acquire') < n_arrivals: pass
-@triton.jit(do_not_specialize=['n_steps', 'n_sequences', 'rows', 'first_block'])
-def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, arrived_ptr, rows, first_block, G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit); state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; c = tl.load(c_ptr + state, mask=exists, other=0.0)
-    if c.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
-    k = tl.arange(0, K); column = tl.arange(0, 4 * UNITS)[None, :]; owner = tl.program_id(1) * UNITS + column // 4; row_of_u = (column % 4).to(tl.int64) * n_units + owner; u_ptr = weight_ptr + row_of_u * n_units + k[:, None]; x_ptr = masked_ptr + sequence * n_units + k[None, :]; arrived_ptr += block
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < n_arrivals:
+        pass
+
+
+@triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
+def sequence_kernel(
+    gates_ptr,
+    h_ptr,
+    c_ptr,
+    masked_ptr,
+    weight_ptr,
+    lengths_ptr,
+    n_steps,
+    n_sequences,
+    n_units,
+    threshold,
+    scale: tl.float64,
+    seed_ptr,
+    arrived_ptr,
+    rows,
+    first_block,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.arange(0, ROWS)[:, None]
+    block = first_block + tl.program_id(0)
+    sequence = block.to(tl.int64) * rows + row
+    exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
+    length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
+    words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
+    state = sequence * n_units + unit
+    plane = n_sequences.to(tl.int64) * n_units
+    c = tl.load(c_ptr + state, mask=exists, other=0.0)
+    if c.dtype != tl.float64:
+        scale = tl.cast(scale, tl.float32)
+    k = tl.arange(0, K)
+    column = tl.arange(0, 4 * UNITS)[None, :]
+    owner = tl.program_id(1) * UNITS + column // 4
+    row_of_u = (column % 4).to(tl.int64) * n_units + owner
+    u_ptr = weight_ptr + row_of_u * n_units + k[:, None]
+    x_ptr = masked_ptr + sequence * n_units + k[None, :]
+    arrived_ptr += block
     for t in range(n_steps):
-        gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit; from_i = tl.load(gate, mask=exists, other=0.0); from_f = tl.load(gate + n_units, mask=exists, other=0.0); from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0); from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0); wait(arrived_ptr, t * tl.num_programs(1)); product = tl.zeros((ROWS, 4 * UNITS), c.dtype)
+        gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit
+        from_i = tl.load(gate, mask=exists, other=0.0)
+        from_f = tl.load(gate + n_units, mask=exists, other=0.0)
+        from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0)
+        from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0)
+        wait(arrived_ptr, t * tl.num_programs(1))
+        product = tl.zeros((ROWS, 4 * UNITS), c.dtype)
         for part in tl.static_range(G):
             part_ptr = x_ptr + (t % 2 * G + part) * plane
             for first in range(0, n_units, K):
-                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier='.cg')
-                if G == 1: u = tl.load(u_ptr + first)
-                else: u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
+                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier=".cg")
+                if G == 1:
+                    u = tl.load(u_ptr + first)
+                else:
+                    u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
                 product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
-        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2))); i, g = tl.split(even); f, o = tl.split(odd); active = exists & (t < length); i = tl.sigmoid(tl.where(active, i + from_i, 0.0)); f = tl.sigmoid(tl.where(active, f + from_f, 0.0)); g = tanh(tl.where(active, g + from_g, 0.0)); o = tl.sigmoid(tl.where(active, o + from_o, 0.0)); c = tl.where(active, f * c + i * g, 0.0); h = o * tanh(c)
-        for part in tl.static_range(G): kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0); next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane; tl.store(next_ptr + state, kept, mask=exists)
-        arrive(arrived_ptr); tl.store(gate, i, mask=exists); tl.store(gate + n_units, f, mask=exists); tl.store(gate + 2 * n_units, g, mask=exists); tl.store(gate + 3 * n_units, o, mask=exists); tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists); tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
-@triton.jit(do_not_specialize=['n_steps', 'n_sequences', 'rows', 'first_block'])
-def sequence_backward_kernel(d_gates_ptr, d_cell_ptr, dh_ptr, dc_ptr, gates_ptr, c_ptr, weight_ptr, lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, arrived_ptr, rows, first_block, G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences); unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit); state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; d_cell = tl.zeros((ROWS, UNITS), c_ptr.dtype.element_ty)
-    if d_cell.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
-    width = 4 * n_units // G; k = tl.arange(0, K); u_ptr = weight_ptr + unit.to(tl.int64) * 4 * n_units + k[:, None]; arrived_ptr += block
+        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2)))
+        i, g = tl.split(even)
+        f, o = tl.split(odd)
+        active = exists & (t < length)
+        i = tl.sigmoid(tl.where(active, i + from_i, 0.0))
+        f = tl.sigmoid(tl.where(active, f + from_f, 0.0))
+        g = tanh(tl.where(active, g + from_g, 0.0))
+        o = tl.sigmoid(tl.where(active, o + from_o, 0.0))
+        c = tl.where(active, f * c + i * g, 0.0)
+        h = o * tanh(c)
+        for part in tl.static_range(G):
+            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0)
+            next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane
+            tl.store(next_ptr + state, kept, mask=exists)
+        arrive(arrived_ptr)
+        tl.store(gate, i, mask=exists)
+        tl.store(gate + n_units, f, mask=exists)
+        tl.store(gate + 2 * n_units, g, mask=exists)
+        tl.store(gate + 3 * n_units, o, mask=exists)
+        tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists)
+        tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
+
+
+@triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
+def sequence_backward_kernel(
+    d_gates_ptr,
+    d_cell_ptr,
+    dh_ptr,
+    dc_ptr,
+    gates_ptr,
+    c_ptr,
+    weight_ptr,
+    lengths_ptr,
+    n_steps,
+    n_sequences,
+    n_units,
+    threshold,
+    scale: tl.float64,
+    seed_ptr,
+    arrived_ptr,
+    rows,
+    first_block,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.arange(0, ROWS)[:, None]
+    block = first_block + tl.program_id(0)
+    sequence = block.to(tl.int64) * rows + row
+    exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
+    length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
+    words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
+    state = sequence * n_units + unit
+    plane = n_sequences.to(tl.int64) * n_units
+    d_cell = tl.zeros((ROWS, UNITS), c_ptr.dtype.element_ty)
+    if d_cell.dtype != tl.float64:
+        scale = tl.cast(scale, tl.float32)
+    width = 4 * n_units // G
+    k = tl.arange(0, K)
+    u_ptr = weight_ptr + unit.to(tl.int64) * 4 * n_units + k[:, None]
+    arrived_ptr += block
     for s in range(n_steps):
-        t = n_steps - 1 - s; gate = (t * n_sequences + sequence) * 4 * n_units + unit; after = (t + 1) * plane + state; dh = tl.load(dh_ptr + after, mask=exists, other=0.0); dc = tl.load(dc_ptr + after, mask=exists, other=0.0); i = tl.load(gates_ptr + gate, mask=exists, other=0.0); f = tl.load(gates_ptr + gate + n_units, mask=exists, other=0.0); g = tl.load(gates_ptr + gate + 2 * n_units, mask=exists, other=0.0); o = tl.load(gates_ptr + gate + 3 * n_units, mask=exists, other=0.0); c_before = tl.load(c_ptr + after - plane, mask=exists, other=0.0); c_after = tl.load(c_ptr + after, mask=exists, other=0.0); wait(arrived_ptr, s * tl.num_programs(1)); next_step = ((t + 1) * n_sequences + sequence) * 4 * n_units; d_ptr = d_gates_ptr + next_step + k[None, :]; from_next = tl.zeros((ROWS, UNITS), d_cell.dtype)
+        t = n_steps - 1 - s
+        gate = (t * n_sequences + sequence) * 4 * n_units + unit
+        after = (t + 1) * plane + state
+        dh = tl.load(dh_ptr + after, mask=exists, other=0.0)
+        dc = tl.load(dc_ptr + after, mask=exists, other=0.0)
+        i = tl.load(gates_ptr + gate, mask=exists, other=0.0)
+        f = tl.load(gates_ptr + gate + n_units, mask=exists, other=0.0)
+        g = tl.load(gates_ptr + gate + 2 * n_units, mask=exists, other=0.0)
+        o = tl.load(gates_ptr + gate + 3 * n_units, mask=exists, other=0.0)
+        c_before = tl.load(c_ptr + after - plane, mask=exists, other=0.0)
+        c_after = tl.load(c_ptr + after, mask=exists, other=0.0)
+        wait(arrived_ptr, s * tl.num_programs(1))
+        next_step = ((t + 1) * n_sequences + sequence) * 4 * n_units
+        d_ptr = d_gates_ptr + next_step + k[None, :]
+        from_next = tl.zeros((ROWS, UNITS), d_cell.dtype)
         for part in tl.static_range(G):
             product = tl.zeros((ROWS, UNITS), d_cell.dtype)
-            for first in range(part * width, (part + 1) * width, K): d = tl.load(d_ptr + first, exists, 0.0, cache_modifier='.cg'); u = tl.load(u_ptr + first); product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
-            kept = words[part].to(tl.int64) >= threshold; from_next += tl.where(kept, product * scale, 0.0)
-        active = exists & (t < length); i, f, g, o = (i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype)); tanh_c = tanh(c_after); dh = tl.where(active, dh + from_next, 0.0); d_cell = tl.where(active, d_cell + dc + dh * o * (1 - tanh_c * tanh_c), 0.0); d_gate = d_gates_ptr + gate; tl.store(d_gate, d_cell * g * i * (1 - i), mask=exists); tl.store(d_gate + n_units, d_cell * c_before * f * (1 - f), mask=exists); tl.store(d_gate + 2 * n_units, d_cell * i * (1 - g * g), mask=exists); tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=exists); arrive(arrived_ptr); d_cell *= f
+            for first in range(part * width, (part + 1) * width, K):
+                d = tl.load(d_ptr + first, exists, 0.0, cache_modifier=".cg")
+                u = tl.load(u_ptr + first)
+                product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
+            kept = words[part].to(tl.int64) >= threshold
+            from_next += tl.where(kept, product * scale, 0.0)
+        active = exists & (t < length)
+        i, f, g, o = (i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype))
+        tanh_c = tanh(c_after)
+        dh = tl.where(active, dh + from_next, 0.0)
+        d_cell = tl.where(active, d_cell + dc + dh * o * (1 - tanh_c * tanh_c), 0.0)
+        d_gate = d_gates_ptr + gate
+        tl.store(d_gate, d_cell * g * i * (1 - i), mask=exists)
+        tl.store(d_gate + n_units, d_cell * c_before * f * (1 - f), mask=exists)
+        tl.store(d_gate + 2 * n_units, d_cell * i * (1 - g * g), mask=exists)
+        tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=exists)
+        arrive(arrived_ptr)
+        d_cell *= f
     tl.store(d_cell_ptr + state, d_cell, mask=exists)
-BLOCK = 128; TILES = [(16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)]; BACKWARD_TILES = [(16, 2, 32, 4, 4), (64, 1, 16, 4, 4), (32, 2, 32, 4, 4), (64, 1, 32, 8, 4), (64, 1, 64, 8, 3)]
-def threshold_and_scale(p): return (round(p * 2 ** 32), 1 / (1 - p) if p < 1 else 0.0)
+
+
+BLOCK = 128
+TILES = [
+    (16, 2, 16, 4, 3),
+    (64, 1, 16, 8, 3),
+    (32, 2, 16, 4, 3),
+    (64, 1, 32, 8, 4),
+    (64, 1, 64, 8, 2),
+]
+BACKWARD_TILES = [
+    (16, 2, 32, 4, 4),
+    (64, 1, 16, 4, 4),
+    (32, 2, 32, 4, 4),
+    (64, 1, 32, 8, 4),
+    (64, 1, 64, 8, 3),
+]
+
+
+def threshold_and_scale(p):
+    return (round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0)
+
+
 def launch_gate_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     G, n_steps, n_sequences, n_units = x.shape
-    if x.stride()[1:] != (n_sequences * n_units, n_units, 1): x = x.contiguous()
+    if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
+        x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         rows = n_steps * n_sequences
-        with torch.cuda.device_of(x): gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](y, x, x.stride(0), rows, n_sequences, n_units, *threshold_and_scale(p), seed, G, BLOCK)
+        with torch.cuda.device_of(x):
+            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
+                y,
+                x,
+                x.stride(0),
+                rows,
+                n_sequences,
+                n_units,
+                *threshold_and_scale(p),
+                seed,
+                G,
+                BLOCK,
+            )
     return y
+
+
 def blocks_for(tiles, n_sequences, n_units, device):
-    if INTERPRET: return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
+    if INTERPRET:
+        return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     for tile, programs, units, warps, stages in tiles:
-        row_blocks = triton.cdiv(n_sequences, tile); at_once = programs * processors // (n_units // units); options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
-        if row_blocks <= at_once: break
-    if at_once == 0: fit = processors * units; raise ValueError(f'at most {fit} units fit this GPU, got {n_units}')
+        row_blocks = triton.cdiv(n_sequences, tile)
+        at_once = programs * processors // (n_units // units)
+        options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
+        if row_blocks <= at_once:
+            break
+    if at_once == 0:
+        fit = processors * units
+        raise ValueError(f"at most {fit} units fit this GPU, got {n_units}")
     return (tile, units, row_blocks, at_once, options)
+
+
 def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
-    if n_steps == 0 or n_sequences == 0: return
-    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())); tf32 = torch.backends.cuda.matmul.fp32_precision == 'tf32'; precision = 'tf32' if tf32 and h.dtype == torch.float32 else 'ieee'; arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device); widen = INTERPRET and h.dtype == torch.bfloat16; work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
+    if n_steps == 0 or n_sequences == 0:
+        return
+    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device)
+    rows, K = (
+        triton.cdiv(n_sequences, row_blocks),
+        min(n_units, 256 // h.element_size()),
+    )
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 and h.dtype == torch.float32 else "ieee"
+    arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
+    widen = INTERPRET and h.dtype == torch.bfloat16
+    work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
-        for first in range(0, row_blocks, at_once): kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, precision, **options)
-    if widen: torch._foreach_copy_(tensors[:2], work[:2])
-def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]: n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0; h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0)); masked = h.new_empty(2, G, n_sequences, n_units); masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]; tensors = (gates, h, c, masked, weight.contiguous(), lengths); launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early); return (h, c, gates)
-def launch_sequence_backward(dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, lengths: Tensor, n_real: int, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor, Tensor]: n_steps, n_sequences, _, n_units = gates.shape; G, U = (len(weight), weight.reshape(4 * n_units, n_units)); d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units); d_gates[n_steps] = 0; d_cell = torch.zeros_like(c[0]); gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous()); tensors = (*gradients, gates, c, U.T.contiguous(), lengths); how = (sequence_backward_kernel, BACKWARD_TILES, h, p, seed, G); launch_all_steps(*how, *tensors, early=early); by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G); masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2); d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked); d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight); dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]; dc0 = d_cell + dc[0]; return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
-lstm_sequence_op = torch.library.custom_op('fast_and_right::lstm_sequence', launch_sequence, mutates_args=()); lstm_sequence_backward_op = torch.library.custom_op('fast_and_right::lstm_sequence_backward', launch_sequence_backward, mutates_args=())
+        for first in range(0, row_blocks, at_once):
+            kernel[min(at_once, row_blocks - first), n_units // units](
+                *work,
+                n_steps,
+                n_sequences,
+                n_units,
+                *threshold_and_scale(p),
+                seed,
+                arrived,
+                rows,
+                first,
+                G,
+                tile,
+                units,
+                K,
+                precision,
+                **options,
+            )
+    if widen:
+        torch._foreach_copy_(tensors[:2], work[:2])
+
+
+def launch_sequence(
+    from_input: Tensor,
+    weight: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor,
+    p: float,
+    seed: Tensor,
+    early: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_steps, n_sequences, _, n_units = from_input.shape
+    G, n_real = (len(weight), h0.shape[1])
+    gates = from_input.clone(memory_format=torch.contiguous_format)
+    gates[..., n_real:] = 0
+    h = gates.new_empty(n_steps + 1, n_sequences, n_units)
+    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
+    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
+    masked = h.new_empty(2, G, n_sequences, n_units)
+    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+    tensors = (gates, h, c, masked, weight.contiguous(), lengths)
+    launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early)
+    return (h, c, gates)
+
+
+def launch_sequence_backward(
+    dh: Tensor,
+    dc: Tensor,
+    gates: Tensor,
+    weight: Tensor,
+    h: Tensor,
+    c: Tensor,
+    lengths: Tensor,
+    n_real: int,
+    p: float,
+    seed: Tensor,
+    early: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    n_steps, n_sequences, _, n_units = gates.shape
+    G, U = (len(weight), weight.reshape(4 * n_units, n_units))
+    d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units)
+    d_gates[n_steps] = 0
+    d_cell = torch.zeros_like(c[0])
+    gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous())
+    tensors = (*gradients, gates, c, U.T.contiguous(), lengths)
+    how = (sequence_backward_kernel, BACKWARD_TILES, h, p, seed, G)
+    launch_all_steps(*how, *tensors, early=early)
+    by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G)
+    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+    d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked)
+    d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight)
+    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
+    dc0 = d_cell + dc[0]
+    return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
+
+
+lstm_sequence_op = torch.library.custom_op(
+    "fast_and_right::lstm_sequence", launch_sequence, mutates_args=()
+)
+lstm_sequence_backward_op = torch.library.custom_op(
+    "fast_and_right::lstm_sequence_backward", launch_sequence_backward, mutates_args=()
+)
+
+
 @lstm_sequence_op.register_fake
-def _(from_input, weight, h0, c0, lengths, p, seed, early=0): n_steps, n_sequences, _, n_units = from_input.shape; h = from_input.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32)); return (h, c, from_input.new_empty(from_input.shape))
+def _(from_input, weight, h0, c0, lengths, p, seed, early=0):
+    n_steps, n_sequences, _, n_units = from_input.shape
+    h = from_input.new_empty(n_steps + 1, n_sequences, n_units)
+    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
+    return (h, c, from_input.new_empty(from_input.shape))
+
+
 @lstm_sequence_backward_op.register_fake
-def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0): states = (h[0, :, :n_real], c[0, :, :n_real]); return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
+def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0):
+    states = (h[0, :, :n_real], c[0, :, :n_real])
+    return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
+
+
 class LSTMSequenceBackward(torch.autograd.Function):
     @staticmethod
-    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed): compiling = torch.compiler.is_compiling(); run = lstm_sequence_backward_op if compiling else launch_sequence_backward; return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
+    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
+        compiling = torch.compiler.is_compiling()
+        run = lstm_sequence_backward_op if compiling else launch_sequence_backward
+        return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
+
     setup_context = staticmethod(lambda ctx, inputs, output: None)
+
     @staticmethod
-    def backward(ctx, *gradients): raise RuntimeError('LSTM has no second derivatives')
+    def backward(ctx, *gradients):
+        raise RuntimeError("LSTM has no second derivatives")
+
+
 class LSTMSequence(torch.autograd.Function):
     @staticmethod
-    def forward(from_input, weight, h0, c0, lengths, p, seed): run = lstm_sequence_op if torch.compiler.is_compiling() else launch_sequence; return run(from_input, weight, h0, c0, lengths, p, seed)
+    def forward(from_input, weight, h0, c0, lengths, p, seed):
+        run = lstm_sequence_op if torch.compiler.is_compiling() else launch_sequence
+        return run(from_input, weight, h0, c0, lengths, p, seed)
+
     @staticmethod
-    def setup_context(ctx, inputs, output): _, weight, h0, _, lengths, ctx.p, seed = inputs; h, c, gates = output; ctx.n_real = h0.shape[1]; ctx.mark_non_differentiable(gates); ctx.save_for_backward(gates, weight, h, c, lengths, seed)
+    def setup_context(ctx, inputs, output):
+        _, weight, h0, _, lengths, ctx.p, seed = inputs
+        h, c, gates = output
+        ctx.n_real = h0.shape[1]
+        ctx.mark_non_differentiable(gates)
+        ctx.save_for_backward(gates, weight, h, c, lengths, seed)
+
     @staticmethod
-    def backward(ctx, dh, dc, _): *saved, seed = ctx.saved_tensors; arguments = (dh, dc, *saved, ctx.n_real, ctx.p, seed); return (*LSTMSequenceBackward.apply(*arguments), None, None, None)
-# fmt: on
+    def backward(ctx, dh, dc, _):
+        *saved, seed = ctx.saved_tensors
+        arguments = (dh, dc, *saved, ctx.n_real, ctx.p, seed)
+        return (*LSTMSequenceBackward.apply(*arguments), None, None, None)
+
 
 # %%
 # What a module needs

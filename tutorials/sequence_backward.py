@@ -49,101 +49,278 @@ if __name__ == "__main__":
         print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
-# These are the functions of :ref:`sequence lstm`, on few lines. Skip them.
+# Repeated
+# --------
+#
+# The functions of :ref:`sequence lstm` that this lesson needs, so that its notebook runs alone. You
+# have read them.
 
 import gc
 
 from torch.nn.functional import linear, pad
 
-# fmt: off
-# ruff: noqa: E701, E702
 Tensor = torch.Tensor
+
+
 @triton.jit
 def tanh(x):
-    e = tl.exp(-2 * tl.abs(x)); far = (1 - e) / (1 + e); s = x * x; series = -929569 / 638512875 + s * (6404582 / 10854718875)
-    series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series)); series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
-    t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far); return tl.where(x < 0, -t, t)
+    e = tl.exp(-2 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    s = x * x
+    series = -929569 / 638512875 + s * (6404582 / 10854718875)
+    series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series))
+    series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
+    t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far)
+    return tl.where(x < 0, -t, t)
+
+
 @triton.jit
-def gate_dropout_kernel(y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64); unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK); inside = unit < n_units; words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
-    if x_ptr.dtype.element_ty != tl.float64: scale = tl.cast(scale, tl.float32)
+def gate_dropout_kernel(
+    y_ptr,
+    x_ptr,
+    gate_stride,
+    n_rows,
+    n_sequences,
+    n_units,
+    threshold,
+    scale: tl.float64,
+    seed_ptr,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = unit < n_units
+    words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
+    if x_ptr.dtype.element_ty != tl.float64:
+        scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
-        x = tl.load(x_ptr + row * n_units + unit, mask=inside); kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
-        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside); x_ptr += gate_stride
+        x = tl.load(x_ptr + row * n_units + unit, mask=inside)
+        kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
+        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
+        x_ptr += gate_stride
+
+
 BLOCK = 128
-def threshold_and_scale(p): return (round(p * 2 ** 32), 1 / (1 - p) if p < 1 else 0.0)
+
+
+def threshold_and_scale(p):
+    return (round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0)
+
+
 def launch_gate_dropout(x, p, seed):
     G, n_steps, n_sequences, n_units = x.shape
-    if x.stride()[1:] != (n_sequences * n_units, n_units, 1): x = x.contiguous()
+    if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
+        x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         rows = n_steps * n_sequences
-        with torch.cuda.device_of(x): gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](y, x, x.stride(0), rows, n_sequences, n_units, *threshold_and_scale(p), seed, G, BLOCK)
+        with torch.cuda.device_of(x):
+            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
+                y,
+                x,
+                x.stride(0),
+                rows,
+                n_sequences,
+                n_units,
+                *threshold_and_scale(p),
+                seed,
+                G,
+                BLOCK,
+            )
     return y
+
+
 @triton.jit
-def arrive(arrived_ptr): tl.debug_barrier(); tl.atomic_add(arrived_ptr, 1, sem='release')
+def arrive(arrived_ptr):
+    tl.debug_barrier()
+    tl.atomic_add(arrived_ptr, 1, sem="release")
+
+
 @triton.jit
 def wait(arrived_ptr, n_arrivals):
-    while tl.atomic_add(arrived_ptr, 0, sem='acquire') < n_arrivals: pass
-@triton.jit(do_not_specialize=['n_steps', 'n_sequences', 'rows', 'first_block'])
-def sequence_kernel(gates_ptr, h_ptr, c_ptr, masked_ptr, weight_ptr, lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, arrived_ptr, rows, first_block, G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr):
-    row = tl.arange(0, ROWS)[:, None]; block = first_block + tl.program_id(0); sequence = block.to(tl.int64) * rows + row; exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
-    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]; length = tl.load(lengths_ptr + sequence, mask=exists, other=0); words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
-    state = sequence * n_units + unit; plane = n_sequences.to(tl.int64) * n_units; c = tl.load(c_ptr + state, mask=exists, other=0.0)
-    if c.dtype != tl.float64: scale = tl.cast(scale, tl.float32)
-    k = tl.arange(0, K); column = tl.arange(0, 4 * UNITS)[None, :]; owner = tl.program_id(1) * UNITS + column // 4; row_of_u = (column % 4).to(tl.int64) * n_units + owner
-    u_ptr = weight_ptr + row_of_u * n_units + k[:, None]; x_ptr = masked_ptr + sequence * n_units + k[None, :]; arrived_ptr += block
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < n_arrivals:
+        pass
+
+
+@triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
+def sequence_kernel(
+    gates_ptr,
+    h_ptr,
+    c_ptr,
+    masked_ptr,
+    weight_ptr,
+    lengths_ptr,
+    n_steps,
+    n_sequences,
+    n_units,
+    threshold,
+    scale: tl.float64,
+    seed_ptr,
+    arrived_ptr,
+    rows,
+    first_block,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.arange(0, ROWS)[:, None]
+    block = first_block + tl.program_id(0)
+    sequence = block.to(tl.int64) * rows + row
+    exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
+    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
+    length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
+    words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
+    state = sequence * n_units + unit
+    plane = n_sequences.to(tl.int64) * n_units
+    c = tl.load(c_ptr + state, mask=exists, other=0.0)
+    if c.dtype != tl.float64:
+        scale = tl.cast(scale, tl.float32)
+    k = tl.arange(0, K)
+    column = tl.arange(0, 4 * UNITS)[None, :]
+    owner = tl.program_id(1) * UNITS + column // 4
+    row_of_u = (column % 4).to(tl.int64) * n_units + owner
+    u_ptr = weight_ptr + row_of_u * n_units + k[:, None]
+    x_ptr = masked_ptr + sequence * n_units + k[None, :]
+    arrived_ptr += block
     for t in range(n_steps):
-        gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit; from_i = tl.load(gate, mask=exists, other=0.0); from_f = tl.load(gate + n_units, mask=exists, other=0.0)
-        from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0); from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0); wait(arrived_ptr, t * tl.num_programs(1))
+        gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit
+        from_i = tl.load(gate, mask=exists, other=0.0)
+        from_f = tl.load(gate + n_units, mask=exists, other=0.0)
+        from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0)
+        from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0)
+        wait(arrived_ptr, t * tl.num_programs(1))
         product = tl.zeros((ROWS, 4 * UNITS), c.dtype)
         for part in tl.static_range(G):
             part_ptr = x_ptr + (t % 2 * G + part) * plane
             for first in range(0, n_units, K):
-                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier='.cg')
-                if G == 1: u = tl.load(u_ptr + first)
-                else: u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
+                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier=".cg")
+                if G == 1:
+                    u = tl.load(u_ptr + first)
+                else:
+                    u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
                 product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
-        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2))); i, g = tl.split(even); f, o = tl.split(odd); active = exists & (t < length); i = tl.sigmoid(tl.where(active, i + from_i, 0.0))
-        f = tl.sigmoid(tl.where(active, f + from_f, 0.0)); g = tanh(tl.where(active, g + from_g, 0.0)); o = tl.sigmoid(tl.where(active, o + from_o, 0.0)); c = tl.where(active, f * c + i * g, 0.0)
+        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2)))
+        i, g = tl.split(even)
+        f, o = tl.split(odd)
+        active = exists & (t < length)
+        i = tl.sigmoid(tl.where(active, i + from_i, 0.0))
+        f = tl.sigmoid(tl.where(active, f + from_f, 0.0))
+        g = tanh(tl.where(active, g + from_g, 0.0))
+        o = tl.sigmoid(tl.where(active, o + from_o, 0.0))
+        c = tl.where(active, f * c + i * g, 0.0)
         h = o * tanh(c)
         for part in tl.static_range(G):
-            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0); next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane; tl.store(next_ptr + state, kept, mask=exists)
-        arrive(arrived_ptr); tl.store(gate, i, mask=exists); tl.store(gate + n_units, f, mask=exists); tl.store(gate + 2 * n_units, g, mask=exists); tl.store(gate + 3 * n_units, o, mask=exists)
-        tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists); tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
-TILES = [(16, 2, 16, 4, 3), (64, 1, 16, 8, 3), (32, 2, 16, 4, 3), (64, 1, 32, 8, 4), (64, 1, 64, 8, 2)]
+            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0)
+            next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane
+            tl.store(next_ptr + state, kept, mask=exists)
+        arrive(arrived_ptr)
+        tl.store(gate, i, mask=exists)
+        tl.store(gate + n_units, f, mask=exists)
+        tl.store(gate + 2 * n_units, g, mask=exists)
+        tl.store(gate + 3 * n_units, o, mask=exists)
+        tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists)
+        tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
+
+
+TILES = [
+    (16, 2, 16, 4, 3),
+    (64, 1, 16, 8, 3),
+    (32, 2, 16, 4, 3),
+    (64, 1, 32, 8, 4),
+    (64, 1, 64, 8, 2),
+]
+
+
 def blocks_for(tiles, n_sequences, n_units, device):
-    if INTERPRET: return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
+    if INTERPRET:
+        return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     for tile, programs, units, warps, stages in tiles:
-        row_blocks = triton.cdiv(n_sequences, tile); at_once = programs * processors // (n_units // units); options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
-        if row_blocks <= at_once: break
-    if at_once == 0: fit = processors * units; raise ValueError(f'at most {fit} units fit this GPU, got {n_units}')
+        row_blocks = triton.cdiv(n_sequences, tile)
+        at_once = programs * processors // (n_units // units)
+        options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
+        if row_blocks <= at_once:
+            break
+    if at_once == 0:
+        fit = processors * units
+        raise ValueError(f"at most {fit} units fit this GPU, got {n_units}")
     return (tile, units, row_blocks, at_once, options)
+
+
 def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
-    if n_steps == 0 or n_sequences == 0: return
-    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device); rows, K = (triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size()))
-    tf32 = torch.backends.cuda.matmul.fp32_precision == 'tf32'; precision = 'tf32' if tf32 and h.dtype == torch.float32 else 'ieee'
-    arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device); widen = INTERPRET and h.dtype == torch.bfloat16
+    if n_steps == 0 or n_sequences == 0:
+        return
+    tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device)
+    rows, K = (
+        triton.cdiv(n_sequences, row_blocks),
+        min(n_units, 256 // h.element_size()),
+    )
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    precision = "tf32" if tf32 and h.dtype == torch.float32 else "ieee"
+    arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
+    widen = INTERPRET and h.dtype == torch.bfloat16
     work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once):
-            kernel[min(at_once, row_blocks - first), n_units // units](*work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed, arrived, rows, first, G, tile, units, K, precision, **options)
-    if widen: torch._foreach_copy_(tensors[:2], work[:2])
-def launch_sequence(from_input: Tensor, weight: Tensor, h0: Tensor, c0: Tensor, lengths: Tensor, p: float, seed: Tensor, early: int=0) -> tuple[Tensor, Tensor, Tensor]:
-    n_steps, n_sequences, _, n_units = from_input.shape; G, n_real = (len(weight), h0.shape[1]); gates = from_input.clone(memory_format=torch.contiguous_format); gates[..., n_real:] = 0
-    h = gates.new_empty(n_steps + 1, n_sequences, n_units); c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0)); masked = h.new_empty(2, G, n_sequences, n_units)
-    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]; tensors = (gates, h, c, masked, weight.contiguous(), lengths)
-    launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early); return (h, c, gates)
+            kernel[min(at_once, row_blocks - first), n_units // units](
+                *work,
+                n_steps,
+                n_sequences,
+                n_units,
+                *threshold_and_scale(p),
+                seed,
+                arrived,
+                rows,
+                first,
+                G,
+                tile,
+                units,
+                K,
+                precision,
+                **options,
+            )
+    if widen:
+        torch._foreach_copy_(tensors[:2], work[:2])
+
+
+def launch_sequence(
+    from_input: Tensor,
+    weight: Tensor,
+    h0: Tensor,
+    c0: Tensor,
+    lengths: Tensor,
+    p: float,
+    seed: Tensor,
+    early: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n_steps, n_sequences, _, n_units = from_input.shape
+    G, n_real = (len(weight), h0.shape[1])
+    gates = from_input.clone(memory_format=torch.contiguous_format)
+    gates[..., n_real:] = 0
+    h = gates.new_empty(n_steps + 1, n_sequences, n_units)
+    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
+    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
+    masked = h.new_empty(2, G, n_sequences, n_units)
+    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+    tensors = (gates, h, c, masked, weight.contiguous(), lengths)
+    launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early)
+    return (h, c, gates)
+
+
 def plain_loop(from_input, weight, h, c, masks):
     outputs = []
     for step in from_input:
-        product = torch.bmm(masks * h, weight.mT).transpose(0, 1); i, f, g, o = (step + product.reshape(step.shape)).unbind(1); c = f.sigmoid() * c + i.sigmoid() * g.tanh(); h = o.sigmoid() * c.tanh()
+        product = torch.bmm(masks * h, weight.mT).transpose(0, 1)
+        i, f, g, o = (step + product.reshape(step.shape)).unbind(1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
         outputs.append(h)
     return torch.stack(outputs)
-# fmt: on
+
 
 # %%
 # What travels back

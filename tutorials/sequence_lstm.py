@@ -50,38 +50,84 @@ if __name__ == "__main__":
         print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
-# These are the functions of :ref:`fused lstm` that this lesson needs, on few lines. Skip them.
+# Repeated
+# --------
+#
+# The functions of :ref:`fused lstm` that this lesson needs, so that its notebook runs alone. You have
+# read them.
 
 import gc
 
 from torch.nn.functional import linear, pad
 
 
-# fmt: off
-# ruff: noqa: E701, E702
 @triton.jit
 def tanh(x):
-    e = tl.exp(-2 * tl.abs(x)); far = (1 - e) / (1 + e); s = x * x; series = -929569 / 638512875 + s * (6404582 / 10854718875)
-    series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series)); series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
-    t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far); return tl.where(x < 0, -t, t)
+    e = tl.exp(-2 * tl.abs(x))
+    far = (1 - e) / (1 + e)
+    s = x * x
+    series = -929569 / 638512875 + s * (6404582 / 10854718875)
+    series = 62 / 2835 + s * (-1382 / 155925 + s * (21844 / 6081075 + s * series))
+    series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
+    t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far)
+    return tl.where(x < 0, -t, t)
+
+
 @triton.jit
-def gate_dropout_kernel(y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64); unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK); inside = unit < n_units; words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
-    if x_ptr.dtype.element_ty != tl.float64: scale = tl.cast(scale, tl.float32)
+def gate_dropout_kernel(
+    y_ptr,
+    x_ptr,
+    gate_stride,
+    n_rows,
+    n_sequences,
+    n_units,
+    threshold,
+    scale: tl.float64,
+    seed_ptr,
+    G: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = unit < n_units
+    words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
+    if x_ptr.dtype.element_ty != tl.float64:
+        scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
-        x = tl.load(x_ptr + row * n_units + unit, mask=inside); kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
-        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside); x_ptr += gate_stride
+        x = tl.load(x_ptr + row * n_units + unit, mask=inside)
+        kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
+        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
+        x_ptr += gate_stride
+
+
 BLOCK = 128
-def threshold_and_scale(p): return (round(p * 2 ** 32), 1 / (1 - p) if p < 1 else 0.0)
+
+
+def threshold_and_scale(p):
+    return (round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0)
+
+
 def launch_gate_dropout(x, p, seed):
     G, n_steps, n_sequences, n_units = x.shape
-    if x.stride()[1:] != (n_sequences * n_units, n_units, 1): x = x.contiguous()
+    if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
+        x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel() > 0:
         rows = n_steps * n_sequences
-        with torch.cuda.device_of(x): gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](y, x, x.stride(0), rows, n_sequences, n_units, *threshold_and_scale(p), seed, G, BLOCK)
+        with torch.cuda.device_of(x):
+            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
+                y,
+                x,
+                x.stride(0),
+                rows,
+                n_sequences,
+                n_units,
+                *threshold_and_scale(p),
+                seed,
+                G,
+                BLOCK,
+            )
     return y
-# fmt: on
 
 
 # %%

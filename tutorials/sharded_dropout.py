@@ -63,34 +63,40 @@ if __name__ == "__main__":
 def block_dropout_kernel(
     y_ptr, x_ptr, n_rows, n_cols, first, sizes, places, strides,
     threshold, scale: tl.float64, seed,
-    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    n_col_blocks = tl.cdiv(n_cols if ALIGNED else n_cols + 3, COLS)
-    row_block = (tl.program_id(0) // n_col_blocks).to(tl.int64)
-    rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
+    pid, n_col_blocks = tl.program_id(0), tl.cdiv(n_cols, COLS)
+    rows = (pid // n_col_blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    first_col = (pid % n_col_blocks).to(tl.int64) * COLS
+    cols = first_col + tl.arange(0, COLS)[None, :]
 
     # From the number of a row to the place of its first element, and to its address.
     place = tl.zeros((ROWS, 1), tl.int64) + first
     address = tl.zeros((ROWS, 1), tl.int64)
     rest = rows
     for d in tl.static_range(len(sizes)):  # from the last dimension to the first
-        coordinate = rest
-        if d + 1 < len(sizes):
-            coordinate = rest % sizes[d]
-            rest = rest // sizes[d]
+        coordinate = rest % sizes[d] if d + 1 < len(sizes) else rest
+        rest = rest // sizes[d]
         place += coordinate * places[d]
         address += coordinate * strides[d]
 
-    first_col = (tl.program_id(0) % n_col_blocks).to(tl.int64) * COLS
-    cols = first_col + tl.arange(0, COLS)[None, :]
+    # A bit for each word. Each element takes its own.
+    groups = tl.arange(0, COLS // GROUP)[None, :]
+    counters = (place + first_col) // 4 + groups * (GROUP // 4)
+    bits = tl.zeros((ROWS, COLS // GROUP), tl.int32)
+    for call in tl.static_range(GROUP // 4 if ALIGNED else GROUP // 4 + 1):
+        words = tl.randint4x(seed, counters + call)
+        for i in tl.static_range(4):
+            keep = words[i] >= tl.cast(threshold, tl.uint32)
+            bits |= keep.to(tl.int32) << (4 * call + i)
     if not ALIGNED:
-        cols -= place % 4
-    counters = (place + first_col) // 4 + tl.arange(0, COLS // 4)[None, :]
-    w0, w1, w2, w3 = tl.randint4x(seed, counters)
-    words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    keep = words >= tl.cast(threshold, tl.uint32)
+        bits >>= (place % 4).to(tl.int32)
+    if GROUP == 8:
+        bits = tl.interleave(bits, bits >> 4)
+    bits = tl.interleave(bits, bits >> 2)
+    keep = tl.interleave(bits, bits >> 1) & 1 == 1
 
-    inside = (rows < n_rows) & (cols >= 0) & (cols < n_cols)
+    inside = (rows < n_rows) & (cols < n_cols)
     x = tl.load(x_ptr + address + cols, mask=inside)
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
@@ -132,30 +138,27 @@ def launch_block_dropout(
     n_rows = x.numel() // n_cols
     sizes, places, strides = zip(*outer, strict=True) if outer else ((1,), (0,), (0,))
     ALIGNED = all(place % 4 == 0 for place in (first, *places))
-    width = n_cols if ALIGNED else n_cols + 3
-    COLS = min(max(triton.next_power_of_2(width), 4), 1024)
-    ROWS = 1024 // COLS
+    GROUP = max(16 // x.element_size(), 4)  # a thread loads 16 bytes at a time
+    BLOCK = (4096 if ALIGNED else 8192) // x.element_size()
+    COLS = min(max(triton.next_power_of_2(n_cols), GROUP), BLOCK)
+    ROWS = BLOCK // COLS
     with torch.cuda.device_of(x):
-        block_dropout_kernel[(triton.cdiv(n_rows, ROWS) * triton.cdiv(width, COLS),)](
+        block_dropout_kernel[(triton.cdiv(n_rows, ROWS) * triton.cdiv(n_cols, COLS),)](
             y, x, n_rows, n_cols, first, sizes, places, strides,
-            threshold, 1 / (1 - p), seed, ALIGNED, ROWS, COLS,
+            threshold, 1 / (1 - p), seed, ALIGNED, ROWS, COLS, GROUP,
         )  # fmt: skip
     return y
 
 
 class BlockDropout(torch.autograd.Function):
     @staticmethod
-    def forward(x, p, seed, shape, offsets):
-        return launch_block_dropout(x, p, seed, shape, offsets)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, ctx.p, ctx.seed, ctx.shape, ctx.offsets = inputs
+    def forward(ctx, x, *arguments):
+        ctx.arguments = arguments
+        return launch_block_dropout(x, *arguments)
 
     @staticmethod
     def backward(ctx, gradient):
-        arguments = ctx.p, ctx.seed, ctx.shape, ctx.offsets
-        return BlockDropout.apply(gradient, *arguments), None, None, None, None
+        return BlockDropout.apply(gradient, *ctx.arguments), None, None, None, None
 
 
 # %%

@@ -117,6 +117,9 @@ if __name__ == "__main__":
 #
 # The kernel
 # ----------
+#
+# As in :ref:`softmax tiles`, a row is taken apart into whole vectors of 16 bytes and its edges. The
+# vectors are cut into slices, and the first slice takes the edges of both ends.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -128,10 +131,22 @@ def to_arithmetic(x):
 
 
 @triton.jit
-def slice_at(t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+def slice_at(
+    t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr
+):
+    """Places and masks: of the whole vectors in a slice, then of the row's edges."""
     t = tl.maximum(t, 0)  # below 0 if there is no older slice
-    cols = (t % SLICES).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
-    return t // SLICES * n_cols + cols, cols < tl.where(exists, n_cols, 0)
+    number = (t % SLICES).to(tl.int32)
+    start = t // SLICES * n_cols
+    begin = (start + VECTOR - 1) // VECTOR * VECTOR
+    head = (begin - start).to(tl.int32)
+    n_cols = tl.where(exists, n_cols, 0)
+    whole = tl.maximum(n_cols - head, 0) // VECTOR * VECTOR
+    cols = number * BLOCK + tl.arange(0, BLOCK)
+    edges = tl.arange(0, 2 * VECTOR)
+    edges = tl.where(edges < head, edges, edges + whole)
+    first_only = tl.where(number == 0, n_cols, 0)
+    return begin + cols, cols < whole, start + edges, edges < first_only
 
 
 @triton.jit
@@ -153,47 +168,52 @@ def slice_wait(ptr, n_words, BLOCK: tl.constexpr):
 @triton.jit
 def slice_softmax_kernel(
     y_ptr, x_ptr, stats_ptr, n_slices, lag, n_cols,
-    SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    n_cols *= ALIGN
     # The counter is the first word of stats. It starts at -1, too, hence the + 1.
     t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
     stats_ptr += 2
     u = t - lag
-    # Start both loads before using either. What is read first should stay in the cache
+    # Start all loads before using one. What is read first should stay in the cache
     # (evict_last), and what is read for the last time, or written, may go (evict_first).
-    place, mask = slice_at(t, t < n_slices, n_cols, SLICES, BLOCK)
-    new = tl.load(x_ptr + place, mask, -float("inf"), eviction_policy="evict_last")
-    place, mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK)
-    x = tl.load(x_ptr + place, mask, -float("inf"), eviction_policy="evict_first")
+    INF: tl.constexpr = float("inf")
+    place, mask, edges, edge_mask = slice_at(
+        t, t < n_slices, n_cols, SLICES, BLOCK, VECTOR
+    )
+    new = tl.load(x_ptr + place, mask, -INF, eviction_policy="evict_last")
+    new_edge = tl.load(x_ptr + edges, edge_mask, -INF, eviction_policy="evict_last")
+    place, mask, edges, edge_mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK, VECTOR)
+    x = tl.load(x_ptr + place, mask, -INF, eviction_policy="evict_first")
+    edge = tl.load(x_ptr + edges, edge_mask, -INF, eviction_policy="evict_first")
 
-    new = to_arithmetic(new)
-    new_max = tl.max(new, axis=0)
+    new, new_edge = to_arithmetic(new), to_arithmetic(new_edge)
+    new_max = tl.maximum(tl.max(new, axis=0), tl.max(new_edge, axis=0))
     # In a slice of nothing but -inf, -inf - -inf would be NaN, but its sum is 0.
-    shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-    new_sum = tl.sum(tl.exp(new - shift), axis=0)
+    shift = tl.where(new_max == -INF, 0.0, new_max)
+    new_sum = tl.sum(tl.exp(new - shift), axis=0) + tl.sum(
+        tl.exp(new_edge - shift), axis=0
+    )
     slice_publish(stats_ptr + 2 * t, new_max, t < n_slices)
     slice_publish(stats_ptr + 2 * t + 1, new_sum, t < n_slices)
 
     if u >= 0:
         words = slice_wait(stats_ptr + 2 * (u // SLICES * SLICES), 2 * SLICES, 2 * WORDS)
         maxima, sums = tl.split(tl.reshape(words.to(new.dtype, bitcast=True), (WORDS, 2)))
-        maxima = tl.where(tl.arange(0, WORDS) < SLICES, maxima, -float("inf"))
+        maxima = tl.where(tl.arange(0, WORDS) < SLICES, maxima, -INF)
         row_max = tl.max(maxima, axis=0)
-        row_sum = tl.sum(sums * tl.exp(maxima - row_max), axis=0)
-        y = tl.exp(x - row_max) * (1 / row_sum)
+        factor = 1 / tl.sum(sums * tl.exp(maxima - row_max), axis=0)
+        y = tl.exp(to_arithmetic(x) - row_max) * factor
         tl.store(y_ptr + place, y, mask, eviction_policy="evict_first")
+        tl.store(y_ptr + edges, tl.exp(to_arithmetic(edge) - row_max) * factor, edge_mask)
 
 
 # %%
 # Triton's interpreter runs programs one after the other. That works here, because no program waits
 # for a later one.
 #
-# In the launch, a slice has 4096 elements, or 8192 in the backward pass, and half as many if rows
-# can begin at any address. ``lag`` is the number of slices in a row, plus the number of slices that
-# ``lag_bytes`` have room for. We found these sizes by measuring on an H100.
-
-import math
+# In the launch, a slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of
+# slices in a row, plus the number of slices that ``lag_bytes`` have room for. We found these sizes
+# by measuring on an H100.
 
 LAG_BYTES = 5 * 2**20
 
@@ -208,21 +228,20 @@ def launch_slices(kernel, lag_bytes, *inputs):
         return out
     inputs = [x.resolve_neg().contiguous() for x in inputs]
     n_cols, itemsize = out.shape[-1], out.element_size()
-    ALIGN = math.gcd(n_cols, 16 // itemsize)
-    BLOCK = 4096 * len(inputs) // (2 if ALIGN == 1 else 1)
+    BLOCK = 4096 * len(inputs)
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
     lag = min(SLICES + lag_bytes // (BLOCK * itemsize * len(inputs)), n_slices)
     # 64 bytes for each thread
-    num_warps = BLOCK * max(itemsize, 4 // ALIGN) // (WARP * 64)
+    num_warps = BLOCK * itemsize // (WARP * 64)
     # One word a thread or more: two threads that load the same word could disagree.
     WORDS = max(triton.next_power_of_2(SLICES), WARP * num_warps)
     word = torch.int64 if itemsize == 8 else torch.int32
     stats = torch.full((2 * n_slices + 2,), -1, dtype=word, device=out.device)
     with torch.cuda.device_of(out):  # if there are several GPUs
         kernel[(n_slices + lag,)](
-            out, *inputs, stats, n_slices, lag, n_cols // ALIGN,
-            SLICES, WORDS, BLOCK, ALIGN, num_warps=num_warps,
+            out, *inputs, stats, n_slices, lag, n_cols,
+            SLICES, WORDS, BLOCK, 16 // itemsize, num_warps=num_warps,
         )  # fmt: skip
     return out
 
@@ -242,26 +261,33 @@ def launch_slice_softmax(x: torch.Tensor, lag_bytes: int = LAG_BYTES) -> torch.T
 @triton.jit
 def slice_backward_kernel(
     dx_ptr, dy_ptr, y_ptr, stats_ptr, n_slices, lag, n_cols,
-    SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
-    n_cols *= ALIGN
     t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
     stats_ptr += 2
     u = t - lag
-    place, mask = slice_at(t, t < n_slices, n_cols, SLICES, BLOCK)
+    place, mask, edges, edge_mask = slice_at(
+        t, t < n_slices, n_cols, SLICES, BLOCK, VECTOR
+    )
     new_dy = tl.load(dy_ptr + place, mask, 0.0, eviction_policy="evict_last")
     new_y = tl.load(y_ptr + place, mask, 0.0, eviction_policy="evict_last")
-    place, mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK)
+    new_edge_dy = tl.load(dy_ptr + edges, edge_mask, 0.0, eviction_policy="evict_last")
+    new_edge_y = tl.load(y_ptr + edges, edge_mask, 0.0, eviction_policy="evict_last")
+    place, mask, edges, edge_mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK, VECTOR)
     dy = tl.load(dy_ptr + place, mask, 0.0, eviction_policy="evict_first")
     y = tl.load(y_ptr + place, mask, 0.0, eviction_policy="evict_first")
+    edge_dy = tl.load(dy_ptr + edges, edge_mask, 0.0, eviction_policy="evict_first")
+    edge_y = tl.load(y_ptr + edges, edge_mask, 0.0, eviction_policy="evict_first")
 
     dot = tl.sum(to_arithmetic(new_y) * to_arithmetic(new_dy), axis=0)
+    dot += tl.sum(to_arithmetic(new_edge_y) * to_arithmetic(new_edge_dy), axis=0)
     slice_publish(stats_ptr + t, dot, t < n_slices)
 
     if u >= 0:
         words = slice_wait(stats_ptr + u // SLICES * SLICES, SLICES, WORDS)
         row_dot = tl.sum(words.to(dot.dtype, bitcast=True), axis=0)
         tl.store(dx_ptr + place, y * (dy - row_dot), mask, eviction_policy="evict_first")
+        tl.store(dx_ptr + edges, edge_y * (edge_dy - row_dot), edge_mask)
 
 
 def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -329,16 +355,21 @@ if __name__ == "__main__" and not INTERPRET:
 # number. The limit is a copy, and for the backward pass an addition, which reads two matrices and
 # writes one.
 
-FORWARD = "softmax", "copy", "torch.softmax", "naive, torch.compile"
-BACKWARD = "softmax, backward", "x + y", "torch.softmax, backward"
-STYLES = ("#d55e00", "-"), ("#555555", "--"), ("#0072b2", "-"), ("#009e73", "-")
+import importlib
+
+FORWARD = "softmax", "copy", "torch.softmax", "naive, torch.compile", "QuACK", "Liger"
+BACKWARD = "softmax, backward", "x + y", "torch.softmax, backward", "QuACK, backward"
+STYLES = {"softmax": "#d55e00 -", "copy": "#555555 --", "x + y": "#555555 --"}
+STYLES |= {"torch.softmax": "#0072b2 -", "naive, torch.compile": "#009e73 -"}
+STYLES |= {"QuACK": "#cc79a7 -", "Liger": "#cc79a7 :"}
 
 
 @triton.testing.perf_report([
     triton.testing.Benchmark(
-        x_names=["n_cols"], x_vals=[32768, 50257, 65536, 128256, 131072, 262144, 2**20],
+        x_names=["n_cols"], x_vals=[30522, 32768, 50257, 65536, 128256, 131072, 262144, 2**20],
         x_log=True, line_arg="line", line_vals=lines, line_names=lines,
-        styles=STYLES[: len(lines)], ylabel="GB/s", plot_name=f"{name}-{dtype}",
+        styles=[tuple(STYLES[line.removesuffix(", backward")].split()) for line in lines],
+        ylabel="GB/s", plot_name=f"{name}-{dtype}",
         xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}",
         args={"dtype": getattr(torch, dtype)},
     )
@@ -362,13 +393,25 @@ def benchmark(n_cols, dtype, line):
         "softmax, backward": lambda: launch_slice_backward(dy, y),
         "x + y": lambda: x + dy,
         "torch.softmax, backward": lambda: torch._softmax_backward_data(dy, y, -1, dtype),
+        "QuACK": lambda: importlib.import_module("quack.softmax").softmax_fwd(x),
+        "QuACK, backward": lambda: importlib.import_module("quack.softmax").softmax_bwd(
+            dy, y
+        ),
+        "Liger": lambda: importlib.import_module(
+            "liger_kernel.ops.softmax"
+        )._softmax_forward(x),
     }
+    if line.startswith(("QuACK", "Liger")):  # not installed, or it refuses the width
+        try:
+            runs[line]()
+        except Exception:
+            return float("nan")
     return speed_of(runs[line], (3 if line in BACKWARD else 2) * x.nbytes)
 
 
 if __name__ == "__main__" and not INTERPRET:
     for speed in benchmark.run(show_plots=True, return_df=True):
-        print(speed.astype(int).to_string(index=False))
+        print(speed.to_string(index=False, float_format="%.0f"))
         share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
         print(f"slices reach at least {share:.0%} of the limit\n")
 
@@ -376,13 +419,14 @@ if __name__ == "__main__" and not INTERPRET:
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # they stay well below the copy. The slices come close to the copy on an H100. An H200 computes as
 # fast but has faster memory, and there the slices stay well below the copy, too, above all in
-# bfloat16. QuACK (see the references), which is not in the figure, is faster there. It gives a row
-# to a *cluster* of programs, which exchange numbers in shared memory.
+# bfloat16. QuACK (see the references) is faster there; its line is drawn where it is installed. It
+# gives a row to a *cluster* of programs, which exchange numbers in shared memory. It refuses odd
+# widths, and Liger the widest rows.
 #
-# In bfloat16 the lowest point is 50257 columns, and in the forward pass ``torch.softmax`` is faster
-# there. Rows of an odd width can begin anywhere between two multiples of 16 bytes, so every element
-# is loaded by itself. In the backward pass in float32 the widest rows are slow as well. Its lag
-# includes a whole row of both inputs, which here is longer than the best lag of the figure above.
+# 50257 columns are only a little slower than their neighbours, although rows of an odd width can
+# begin anywhere between two multiples of 16 bytes: all but the edges is moved in whole vectors. In
+# the backward pass in float32 the widest rows are slow as well. Its lag includes a whole row of both
+# inputs, which here is longer than the best lag of the figure above.
 #
 # As a public function
 # --------------------

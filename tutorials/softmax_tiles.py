@@ -84,10 +84,18 @@ if __name__ == "__main__":
 # 5000 columns in bfloat16? The 10000 bytes of a row are a multiple of 16, but the integer 5000 is
 # not. So the compiler can't rely on it, and loads each element by itself.
 #
-# We can tell it. ``ALIGN`` is the largest power of two that divides the width and the stride, up to
-# the number of elements in 16 bytes. We pass both divided by ``ALIGN``, and the kernel multiplies
-# them by ``ALIGN`` again. Since ``ALIGN`` is a ``tl.constexpr``, the compiler knows its value, and
-# so it knows that the products are multiples of it.
+# And with 5001 columns most rows do begin between two such addresses.
+#
+# So the kernel takes rows apart. ``VECTOR`` is the number of elements in 16 bytes. A row's *whole
+# vectors* are the elements from the first multiple of 16 bytes in the row up to the last one. Before
+# and behind them lie the *edges*, fewer than ``2 * VECTOR`` elements together. ``tile_at`` computes
+# where the vectors ``begin``. It divides and multiplies by ``VECTOR``, a ``tl.constexpr`` that the
+# compiler knows, so the compiler is certain that ``begin`` is a multiple of it, and ``whole``, at
+# which the mask ends, is another. The edges are loaded one by one, but they are few.
+#
+# Where all rows begin at multiples of 16 bytes there are no edges, and ``EDGES`` is 0. It is 0 also
+# for tiles of several short rows, where edges would be a large part. There ``VECTOR`` is made smaller
+# until it divides the width.
 #
 # The kernel
 # ----------
@@ -103,21 +111,52 @@ def to_arithmetic(x):
 
 
 @triton.jit
-def tile_softmax_kernel(
-    y_ptr, x_ptr, n_rows, x_row_stride, n_cols,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
-    n_cols *= ALIGN
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+def tile_at(rows, n_cols, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    """Places and mask of the whole vectors in each row."""
+    start = rows * n_cols
+    begin = (start + VECTOR - 1) // VECTOR * VECTOR
+    whole = tl.maximum(n_cols - (begin - start).to(tl.int32), 0) // VECTOR * VECTOR
     cols = tl.arange(0, BLOCK)[None, :]
-    mask = cols < n_cols
+    return begin + cols, cols < whole
+
+
+@triton.jit
+def edges_at(row, n_cols, EDGES: tl.constexpr):
+    """Places and mask of what lies before and behind the whole vectors of a row."""
+    VECTOR: tl.constexpr = EDGES // 2
+    start = row * n_cols
+    head = ((VECTOR - start % VECTOR) % VECTOR).to(tl.int32)
+    whole = tl.maximum(n_cols - head, 0) // VECTOR * VECTOR
+    cols = tl.arange(0, EDGES)
+    cols = tl.where(cols < head, cols, cols + whole)
+    return start + cols, cols < n_cols
+
+
+@triton.jit
+def tile_softmax_kernel(
+    y_ptr, x_ptr, n_rows, n_cols, gap,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    rows = pid * ROWS + tl.arange(0, ROWS)[:, None]
     # The last tile may reach beyond the last row: it reads that row again, but stores it once.
-    x_ptrs = x_ptr + tl.minimum(rows, n_rows - 1) * x_row_stride * ALIGN + cols
-    x = to_arithmetic(tl.load(x_ptrs, mask=mask, other=-float("inf")))
-    numerator = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+    row = tl.minimum(rows, n_rows - 1)
+    place, mask = tile_at(row, n_cols, BLOCK, VECTOR)
+    x_place = place + row * gap * VECTOR
+    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=-float("inf")))
+    largest = tl.max(x, axis=1, keep_dims=True)
+    if EDGES:  # of the only row
+        edges, edge_mask = edges_at(pid, n_cols, EDGES)
+        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=-float("inf"))
+        edge = to_arithmetic(edge)
+        largest = tl.maximum(largest, tl.max(edge, axis=0))
+    numerator = tl.exp(x - largest)
     denominator = tl.sum(numerator, axis=1, keep_dims=True)
-    y_ptrs = y_ptr + rows * n_cols + cols
-    tl.store(y_ptrs, numerator / denominator, mask=mask & (rows < n_rows))
+    if EDGES:
+        edge = tl.exp(edge - tl.max(largest))
+        denominator += tl.sum(edge, axis=0)
+        tl.store(y_ptr + edges, edge / tl.max(denominator), edge_mask)
+    tl.store(y_ptr + place, numerator / denominator, mask & (rows < n_rows))
 
 
 # %%
@@ -130,6 +169,9 @@ def tile_softmax_kernel(
 #
 # Softmax runs over the last dimension, and each index of the dimensions before it counts as a row.
 # If neighbours in a row are not neighbours in memory, as in a transposed matrix, we copy the input.
+# Rows of the input may lie further apart than those of the result, as when you cut columns off a
+# matrix. ``gap`` is the difference.
+
 
 import math
 
@@ -145,18 +187,22 @@ def warps(n_bytes):
     return min(max(n_bytes // (WARP * 64), 1), 1024 // WARP)
 
 
-def launch_tiles(kernel, tensors, n_rows, *widths, tile=TILE, align=True):
-    """Run a kernel on tiles. ``widths`` are row strides, if any, then the number of columns."""
-    n_cols, itemsize = widths[-1], tensors[0].element_size()
+def launch_tiles(kernel, tensors, n_rows, n_cols, *gap, tile=TILE, align=True):
+    """Run a kernel on tiles. ``gap``: how much further apart the input's rows are, if they may."""
+    itemsize, extra = tensors[0].element_size(), sum(gap)
     BLOCK = triton.next_power_of_2(n_cols)
     ROWS = max(tile // BLOCK, 1)
-    ALIGN = math.gcd(*widths, 16 // itemsize) if align else 1
-    # If a thread has to load elements of 2 bytes one by one, it gets half as many.
-    num_warps = warps(ROWS * BLOCK * max(itemsize, 4 // ALIGN))
-    widths = [width // ALIGN for width in widths]
+    VECTOR, EDGES = 16 // itemsize if align else 1, 0
+    if ROWS == 1 and n_cols % VECTOR and extra % VECTOR == 0:
+        EDGES = 2 * VECTOR
+    else:
+        VECTOR = math.gcd(n_cols, extra, VECTOR)
+    # A thread that loads 2 bytes at a time gets fewer elements.
+    num_warps = warps(ROWS * BLOCK * max(itemsize, 4 // VECTOR))
+    sizes = n_rows, n_cols, *(g // VECTOR for g in gap)
     grid = (triton.cdiv(n_rows, ROWS),)
     with torch.cuda.device_of(tensors[0]):  # if there are several GPUs
-        kernel[grid](*tensors, n_rows, *widths, ROWS, BLOCK, ALIGN, num_warps=num_warps)
+        kernel[grid](*tensors, *sizes, ROWS, BLOCK, VECTOR, EDGES, num_warps=num_warps)
 
 
 def launch_tile_softmax(
@@ -167,7 +213,8 @@ def launch_tile_softmax(
         rows = x.resolve_neg().reshape(-1, x.shape[-1])  # z.conj().imag negates when read
         if rows.stride(1) != 1:
             rows = rows.contiguous()
-        sizes = len(rows), rows.stride(0), rows.shape[1]
+        n_rows, n_cols = rows.shape
+        sizes = n_rows, n_cols, rows.stride(0) - n_cols
         launch_tiles(tile_softmax_kernel, (y, rows), *sizes, tile=tile, align=align)
     return y
 
@@ -204,17 +251,22 @@ if __name__ == "__main__":
 @triton.jit
 def tile_backward_kernel(
     dx_ptr, dy_ptr, y_ptr, n_rows, n_cols,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, ALIGN: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    n_cols *= ALIGN
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.arange(0, BLOCK)[None, :]
-    mask = (rows < n_rows) & (cols < n_cols)
-    offsets = rows * n_cols + cols
-    dy = to_arithmetic(tl.load(dy_ptr + offsets, mask=mask, other=0.0))
-    y = to_arithmetic(tl.load(y_ptr + offsets, mask=mask, other=0.0))
+    pid = tl.program_id(0).to(tl.int64)
+    rows = pid * ROWS + tl.arange(0, ROWS)[:, None]
+    place, mask = tile_at(rows, n_cols, BLOCK, VECTOR)
+    mask &= rows < n_rows
+    dy = to_arithmetic(tl.load(dy_ptr + place, mask=mask, other=0.0))
+    y = to_arithmetic(tl.load(y_ptr + place, mask=mask, other=0.0))
     dot = tl.sum(y * dy, axis=1, keep_dims=True)
-    tl.store(dx_ptr + offsets, y * (dy - dot), mask=mask)
+    if EDGES:
+        edges, edge_mask = edges_at(pid, n_cols, EDGES)
+        edge_dy = to_arithmetic(tl.load(dy_ptr + edges, mask=edge_mask, other=0.0))
+        edge_y = to_arithmetic(tl.load(y_ptr + edges, mask=edge_mask, other=0.0))
+        dot += tl.sum(edge_y * edge_dy, axis=0)
+        tl.store(dx_ptr + edges, edge_y * (edge_dy - tl.max(dot)), mask=edge_mask)
+    tl.store(dx_ptr + place, y * (dy - dot), mask=mask)
 
 
 def launch_tile_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -238,9 +290,13 @@ if __name__ == "__main__":
 # -----------
 #
 # All matrices have 2^28 elements, so no launch is short. "softmax" is this kernel, and "one row a
-# program" is the same kernel without tiles and ``ALIGN``, as in the first lesson. The other lines
+# program" is the same kernel without tiles and vectors, as in the first lesson. The other lines
 # are ``torch.softmax``, the five operators of the first lesson fused by ``torch.compile``, and a
-# copy, which is the limit.
+# copy, which is the limit. The libraries Liger and QuACK have lines of their own where they are
+# installed; QuACK refuses odd widths.
+
+
+import importlib
 
 
 def naive_softmax(x):
@@ -250,9 +306,21 @@ def naive_softmax(x):
 
 
 def speed_of(run, n_bytes):
-    """GB/s of ``run()`` if it moved ``n_bytes``."""
+    """GB/s of ``run()`` if it moved ``n_bytes``. ``run`` may be the arguments of ``peer``."""
+    if isinstance(run, tuple) and not (run := peer(*run)):
+        return float("nan")
     milliseconds = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
     return n_bytes / milliseconds / 1e6
+
+
+def peer(module, name, *inputs):
+    """A call of another library, or None if it is not installed or refuses the inputs."""
+    try:
+        function = getattr(importlib.import_module(module), name)
+        function(*inputs)
+    except Exception:
+        return None
+    return lambda: function(*inputs)
 
 
 def figures(plot_name, lines):
@@ -260,7 +328,7 @@ def figures(plot_name, lines):
     return [
         triton.testing.Benchmark(
             x_names=["n_cols"], x_log=True,
-            x_vals=[256, 384, 512, 1000, 1024, 2048, 4096, 5000, 8192, 12160, 16384],
+            x_vals=[256, 384, 512, 1000, 1024, 2048, 4096, 5000, 8192, 12160, 12161, 16384],
             line_arg="line", line_vals=list(lines), line_names=list(lines),
             styles=[tuple(style.split()) for style in lines.values()],
             xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}", ylabel="GB/s",
@@ -272,23 +340,26 @@ def figures(plot_name, lines):
 
 FORWARD = {"softmax": "#d55e00 -", "one row a program": "#d55e00 :"}
 FORWARD |= {"torch.softmax": "#0072b2 -", "naive, torch.compile": "#009e73 -"}
-FORWARD |= {"copy": "#555555 --"}
+FORWARD |= {"Liger": "#cc79a7 :", "QuACK": "#cc79a7 -", "copy": "#555555 --"}
 BACKWARD = {"softmax, backward": "#d55e00 -", "torch.softmax, backward": "#0072b2 -"}
-BACKWARD |= {"x + y": "#555555 --"}
+BACKWARD |= {"QuACK, backward": "#cc79a7 -", "x + y": "#555555 --"}
 
 
 @triton.testing.perf_report(figures("softmax-tiles", FORWARD))
 def benchmark(n_cols, dtype, line):
     x = torch.randn(2**28 // n_cols, n_cols, device=DEVICE, dtype=dtype)
     torch.compiler.reset()  # forget other widths, or torch.compile gives up
+    compiled = torch.compile(naive_softmax, dynamic=False)
     run = {
-        "softmax": launch_tile_softmax,
-        "one row a program": lambda x: launch_tile_softmax(x, tile=1, align=False),
-        "torch.softmax": lambda x: torch.softmax(x, dim=-1),
-        "naive, torch.compile": torch.compile(naive_softmax, dynamic=False),
-        "copy": torch.clone,
+        "softmax": lambda: launch_tile_softmax(x),
+        "one row a program": lambda: launch_tile_softmax(x, tile=1, align=False),
+        "torch.softmax": lambda: torch.softmax(x, dim=-1),
+        "naive, torch.compile": lambda: compiled(x),
+        "Liger": ("liger_kernel.ops.softmax", "_softmax_forward", x),
+        "QuACK": ("quack.softmax", "softmax_fwd", x),
+        "copy": x.clone,
     }[line]
-    return speed_of(lambda: run(x), 2 * x.nbytes)
+    return speed_of(run, 2 * x.nbytes)
 
 
 @triton.testing.perf_report(figures("softmax-tiles-backward", BACKWARD))
@@ -298,6 +369,7 @@ def backward_benchmark(n_cols, dtype, line):
     run = {
         "softmax, backward": lambda: launch_tile_backward(dy, y),
         "torch.softmax, backward": lambda: torch._softmax_backward_data(dy, y, -1, dtype),
+        "QuACK, backward": ("quack.softmax", "softmax_bwd", dy, y),
         "x + y": lambda: x + dy,
     }[line]
     return speed_of(run, 3 * x.nbytes)
@@ -315,7 +387,7 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # In bfloat16, one row a program is slow above all at 256 columns, where several rows a program
-# help, and at 5000, where ``ALIGN`` helps. In float32 this kernel gains nothing on an H100: one row
+# help, and at 5000 and 12161, where whole vectors help. In float32 this kernel gains nothing on an H100: one row
 # a program already is about as fast as the copy. ``torch.softmax`` and ``torch.compile`` are at
 # their best on narrow rows. On wider ones ``torch.softmax`` falls behind in both dtypes, and
 # ``torch.compile`` above all in bfloat16. PyTorch's backward pass reaches no more than about half
@@ -447,14 +519,27 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #       .. code-block:: diff
 #
-#          -    x = to_arithmetic(tl.load(x_ptrs, mask=mask, other=-float("inf")))
-#          -    numerator = tl.exp(x - tl.max(x, axis=1, keep_dims=True))
+#          -    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=-float("inf")))
+#          -    largest = tl.max(x, axis=1, keep_dims=True)
+#          +    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=0.0))
+#          +    squares = tl.sum(x * x, axis=1, keep_dims=True)
+#               if EDGES:  # of the only row
+#                   edges, edge_mask = edges_at(pid, n_cols, EDGES)
+#          -        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=-float("inf"))
+#          +        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=0.0)
+#                   edge = to_arithmetic(edge)
+#          -        largest = tl.maximum(largest, tl.max(edge, axis=0))
+#          -    numerator = tl.exp(x - largest)
 #          -    denominator = tl.sum(numerator, axis=1, keep_dims=True)
-#          +    x = to_arithmetic(tl.load(x_ptrs, mask=mask, other=0.0))
-#          +    mean = tl.sum(x * x, axis=1, keep_dims=True) / n_cols
-#               y_ptrs = y_ptr + rows * n_cols + cols
-#          -    tl.store(y_ptrs, numerator / denominator, mask=mask & (rows < n_rows))
-#          +    tl.store(y_ptrs, x * tl.rsqrt(mean + 1e-6), mask=mask & (rows < n_rows))
+#          +        squares += tl.sum(edge * edge, axis=0)
+#          +    root = tl.sqrt(squares / n_cols + 1e-6)
+#               if EDGES:
+#          -        edge = tl.exp(edge - tl.max(largest))
+#          -        denominator += tl.sum(edge, axis=0)
+#          -        tl.store(y_ptr + edges, edge / tl.max(denominator), edge_mask)
+#          -    tl.store(y_ptr + place, numerator / denominator, mask & (rows < n_rows))
+#          +        tl.store(y_ptr + edges, edge / tl.max(root), edge_mask)
+#          +    tl.store(y_ptr + place, x / root, mask & (rows < n_rows))
 #
 # References
 # ----------

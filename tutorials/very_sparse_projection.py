@@ -386,6 +386,16 @@ class VerySparseJL(torch.autograd.Function):
         return dx, None, None, None, None
 
 
+quick_apply = super(torch.autograd.Function, VerySparseJL).apply
+
+
+def apply(*arguments):
+    # Function.apply is slow, because it looks up names for the compiler and torch.func.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return VerySparseJL.apply(*arguments)
+    return quick_apply(*arguments)
+
+
 def checked(name, x, size, n_out, seed, density):
     if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
@@ -418,7 +428,7 @@ def visit(name, x, size, n_out, seed, density, transposed):
     n_out, seed, d = checked(name, x, size, n_out, seed, 1 if auto else density)
     if auto:
         d = 1 / math.sqrt(n_out if transposed else x.shape[1])
-    return VerySparseJL.apply(x, n_out, seed, d, transposed)
+    return apply(x, n_out, seed, d, transposed)
 
 
 def very_sparse_jl(x, n_components, seed, density="auto"):

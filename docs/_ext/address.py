@@ -40,6 +40,9 @@ def say_where(app, config):
         address = site(config.site_address)
         config.html_baseurl = config.ogp_site_url = f"{address}/"
         config.notfound_urls_prefix = f"{urlsplit(address).path}/"
+        config.ogp_custom_meta_tags = [
+            '<meta name="twitter:card" content="summary_large_image" />'
+        ]
     if config.repository:
         config.html_context["repository"] = page(config.repository)
         options = config.html_theme_options

@@ -115,7 +115,7 @@ def plain(text, found):
 def minutes(app, lesson):
     """How long the page takes to read: its prose, its code and what the code printed.
 
-    Folded answers don't count.
+    Folded answers don't count, nor does code that is repeated from earlier lessons.
     """
     page = (Path(app.srcdir) / f"{lesson.docname}.rst").read_text(encoding="utf-8")
     page = page.partition("\n.. rst-class:: sphx-glr-timing")[0]
@@ -125,13 +125,15 @@ def minutes(app, lesson):
     )  # fmt: skip
     top, *blocks = page.split(".. GENERATED FROM PYTHON SOURCE LINES")
     words = lines = 0
+    repeated = False
     for block in [top.partition("\n===")[2], *blocks]:
         # Directives and their options, such as the description of a picture, are not read.
         read = re.sub(r"^ *(\.\.|:[\w-]+:)( .*)?$", "", block, flags=re.MULTILINE)
-        if "\n.. code-block:: Python\n" in block:
-            lines += len(re.findall(r"^ +\S", read, re.MULTILINE))
-        else:
+        if "\n.. code-block:: Python\n" not in block:
             words += len(re.findall(r"\S*\w\S*", read))
+            repeated = "\nRepeated\n---" in block
+        elif not repeated:
+            lines += len(re.findall(r"^ +\S", read, re.MULTILINE))
     return round(words / WORDS_A_MINUTE + lines / LINES_A_MINUTE)
 
 

@@ -93,9 +93,10 @@ def sign_lesson(block, block_vars, gallery_conf):
         figure = plt.figure(number)
         for axis in figure.axes:  # perf_report has no other place for it
             axis.set_xlabel(axis.get_xlabel().removesuffix(f"\n{machine}"))
-            if axis.get_legend() and not axis.get_title():
+            if axis.get_legend():
                 axis.get_legend().remove()
                 label_ends(axis)
-                axis.set_title(message(axis), loc="left", weight="bold")
+                title = axis.get_title(loc="left") or message(axis)
+                axis.set_title(title, loc="left", weight="bold")
         sign(figure, f"{machine}, commit {COMMIT}")
     return ""

@@ -81,18 +81,25 @@ def first_words(doctree, most=200):
     return ""
 
 
-def describe(app, pagename, templatename, context, doctree):
-    if doctree is None or 'name="description"' in context.get("metatags", ""):
-        return
+def describe(app, doctree):
     found = lessons(app)
     promises = {lesson.docname: plain(lesson.promise, found) for lesson in found}
-    text = html.escape(promises.get(pagename) or first_words(doctree))
-    context["metatags"] = (
-        context.get("metatags", "") + f'<meta name="description" content="{text}" />\n'
-    )
+    text = promises.get(app.env.docname) or first_words(doctree)
+    # Under this name also the cards of social media take it.
+    app.env.metadata[app.env.docname]["og:description"] = html.escape(text)
+
+
+def write_description(app, pagename, templatename, context, doctree):
+    if text := app.env.metadata.get(pagename, {}).get("og:description"):
+        context["metatags"] = (
+            context.get("metatags", "")
+            + f'<meta name="description" content="{text}" />\n'
+        )
 
 
 def setup(app):
     app.connect("doctree-read", add_names, priority=400)  # before code is folded
-    app.connect("html-page-context", describe, priority=900)
+    app.connect("doctree-read", describe, priority=900)
+    # Before sphinxext.opengraph, which else finds words of its own.
+    app.connect("html-page-context", write_description, priority=400)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

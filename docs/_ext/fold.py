@@ -1,4 +1,5 @@
-"""Fold what a reader opens when they want it: answers to exercises, benchmarks, public functions.
+"""Fold what a reader opens when they want it: answers to exercises, benchmarks, public functions,
+and what a lesson repeats from earlier ones.
 
 Answers are notes whose first paragraph is "Try it first.". Nobody meets a solution unawares.
 """
@@ -40,6 +41,8 @@ def fold(app, doctree):
             continue
         if "@triton.testing.perf_report" in text:
             what = "the benchmark"
+        elif section[0].astext() == "Repeated":
+            what = "repeated from earlier lessons"
         elif section[0].astext() == "As a public function" and defines and length > SHORT:
             what = inside(text)
         else:

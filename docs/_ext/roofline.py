@@ -53,19 +53,20 @@ def draw_roofline(machine, found, path):
         x = [0.5 * 1.05**i for i in range(75)]
         roof = [memory if level is None else min(memory, level / each) for each in x]
         axis.plot(x, roof, color="#555555", ls="--")
-        below, before = 0, 0
+        taken = [(per_byte, speed) for _, per_byte, speed, _ in found]
         for letter, (benchmark, per_byte, speed, _) in zip(
             ascii_uppercase, found, strict=False
         ):
             colour = COLOURS.get(benchmark.dtype, "#cc79a7")
             axis.plot(per_byte, speed, "o", color=colour)
-            # Letters of points that are close stand one below the other.
-            below = below - 13 if per_byte < 1.12 * before else -14
-            before = per_byte
-            axis.annotate(
-                letter, (per_byte, min(speed, memory)), (0, below), ha="center",
-                textcoords="offset points", color=colour,
-            )  # fmt: skip
+            height = speed - 0.05 * memory
+            while any(
+                abs(height - y) < 0.045 * memory and 0.92 < per_byte / x < 1.08
+                for x, y in taken
+            ):
+                height -= 0.01 * memory
+            taken.append((per_byte, height))
+            axis.text(per_byte, height, letter, color=colour, ha="center", va="center")
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         axis.set(xlabel="instructions for each byte that must move", ylabel="GB/s")

@@ -8,7 +8,9 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+from matplotlib.colors import is_color_like
 
 # What the colour of a line means, in all lessons. The recorder writes the meaning down.
 COLOURS = {
@@ -24,8 +26,19 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 LESS_IS_BETTER = ("ms", "us", "µs", "MiB")
 
 
+DASHES = ("-", "--", "-.", ":")
+
+
 class RecordError(ValueError):
     """A file of the record can't be read as one."""
+
+
+def check_kinds(values):
+    """Whether the fields of a dataclass that are texts, numbers or choices are such."""
+    for f in fields(values):
+        value = getattr(values, f.name)
+        if f.type in (str, int, bool, str | None) and not isinstance(value, f.type):
+            raise TypeError(f"{f.name} is {value!r}")
 
 
 @dataclass
@@ -35,6 +48,11 @@ class Line:
     dashes: str
 
     def __post_init__(self):
+        check_kinds(self)
+        if self.colour is not None and not is_color_like(self.colour):
+            raise ValueError(f"the colour {self.colour!r} is none")
+        if self.dashes not in DASHES:
+            raise ValueError(f"the dashes {self.dashes!r} are none of {' '.join(DASHES)}")
         if self.role not in ROLES:
             raise ValueError(f"the role {self.role!r} is none of {', '.join(ROLES)}")
 
@@ -68,6 +86,7 @@ class Benchmark:
     tables: dict = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self):
+        check_kinds(self)
         values = self.lines.values()
         if all(
             isinstance(line, list) for line in values
@@ -115,6 +134,10 @@ class Benchmark:
             raise RecordError(f"{self.path}: {error}") from error
         if table.empty:
             raise RecordError(f"{self.path}: it has no row")
+        if not np.isfinite(table.index).all() or not table.index.is_unique:
+            raise RecordError(f"{self.path}: a size is missing, infinite or there twice")
+        if np.isinf(table).any(axis=None) or (table < 0).any(axis=None):
+            raise RecordError(f"{self.path}: a value is infinite or negative")
         missing = table[self.named("kernel", "limit")].isna().any(axis=1)
         if missing.any():  # a peer may refuse a size
             at = table.index[missing][0]
@@ -142,12 +165,13 @@ class Machine:
     folder: Path | None = field(default=None, repr=False)
 
     def __post_init__(self):
+        check_kinds(self)
         self.benchmarks = {
-            name: Benchmark(
+            name: benchmark
+            if isinstance(benchmark, Benchmark)
+            else Benchmark(
                 **benchmark, name=name, path=self.folder and self.folder / f"{name}.csv"
             )
-            if isinstance(benchmark, dict)
-            else benchmark
             for name, benchmark in self.benchmarks.items()
         }
 

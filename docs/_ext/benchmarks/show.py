@@ -9,6 +9,7 @@ the role ``recorded`` is one number.
 
 import re
 import shutil
+from html import escape
 from math import ceil, isfinite
 from pathlib import Path
 from textwrap import indent
@@ -24,6 +25,7 @@ from . import draw, schema
 
 CELL = "\n.. GENERATED FROM PYTHON SOURCE LINES"  # begins each cell of a lesson
 AGREE = 0.1  # runs that differ by more than this share of their values prove nothing
+BUSY = 0.5  # a limit below this share of its largest value shows the time of a launch
 
 
 def machines(app):
@@ -218,8 +220,16 @@ class Results(Table):
         ]
 
 
+def busy(benchmark, table):
+    """At which sizes the work takes longer than its launch, by the speed of the limit."""
+    limit = table[benchmark.named("limit")]
+    if limit.empty or benchmark.unit != "GB/s":
+        return [True] * len(table)
+    return (limit >= BUSY * limit.max()).all(axis=1).tolist()
+
+
 class Losses(Table):
-    """Where each kernel does worst, of the sizes at which the runs agree."""
+    """Where each kernel does worst, of the sizes that keep the GPU busy and at which the runs agree."""
 
     headers = (
         "least share of the limit",
@@ -232,6 +242,7 @@ class Losses(Table):
     def row(self, machine, benchmark, stand):
         noise = machine.read(benchmark.name, ", spread") / machine.read(benchmark.name)
         kernel, row = benchmark.named("kernel")[0], []
+        stand = stand[busy(benchmark, machine.read(benchmark.name))]
         for key in ("limit", "peer"):
             share, names = stand[key].dropna(), stand[f"{key} name"]
             calm = [
@@ -307,21 +318,28 @@ def show_recorded(app, docname, source):
 
 
 def cards(app):
-    """For each lesson with a record the picture that social media show, if the site has an address."""
+    """The pictures that social media show, if the site has an address: a lesson's first benchmark, else "site"."""
     found = {}
     for machine in machines(app)[:1] if app.config.html_baseurl else ():
         for name, benchmark in machine.benchmarks.items():
             found.setdefault(benchmark.lesson, (machine, name))
+        if app.config.recorded_headline[1] in machine.benchmarks:
+            found["site"] = machine, app.config.recorded_headline[1]
     return found
 
 
 def name_card(app, doctree):
-    lesson = app.env.docname.rpartition("/")[2]
-    if lesson in cards(app):
+    found, page = cards(app), app.env.docname.rpartition("/")[2]
+    page = page if page in found else "site"
+    if page in found:
+        machine, name = found[page]
         base = app.config.html_baseurl.rstrip("/")
-        app.env.metadata[app.env.docname]["og:image"] = (
-            f"{base}/_images/{lesson}_card.png"
-        )
+        app.env.metadata[app.env.docname] |= {
+            "og:image": f"{base}/_images/{page}_card.png",
+            "og:image:alt": escape(
+                draw.message(machine.benchmarks[name], machine.read(name)) or name
+            ),
+        }
 
 
 def draw_cards(app, exception):
