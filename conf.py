@@ -25,6 +25,7 @@ extensions = [
     "sphinx_design",
     "sphinx_copybutton",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx_gallery.gen_gallery",
     "notfound.extension",
     "address",
@@ -105,6 +106,13 @@ glossary_exceptions = [
 
 # A lesson that takes longer than so many seconds is ended, and fails the build.
 lesson_limit = 300
+
+# Names in code lead to these. The inventories are kept here, so that the build asks no network.
+intersphinx_mapping = {
+    "matplotlib": ("https://matplotlib.org/stable/", "inventories/matplotlib.inv"),
+    "torch": ("https://docs.pytorch.org/docs/stable/", "inventories/torch.inv"),
+    "triton": ("https://triton-lang.org/main/", "inventories/triton.inv"),
+}
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 autodoc_typehints = "none"

@@ -62,7 +62,7 @@ class Project:
         (folder / "docs").mkdir(parents=True)
         for name in ("conf.py", "requirements.txt", "Makefile"):
             shutil.copy(ROOT / name, folder)
-        for name in ("_ext", "_static", "_templates"):
+        for name in ("_ext", "_static", "_templates", "inventories"):
             shutil.copytree(
                 ROOT / "docs" / name,
                 folder / "docs" / name,

@@ -1,5 +1,7 @@
 """Small functions of the extensions, alone: what they make of a document, a site or a setting."""
 
+import pkgutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import benchmarks.show
@@ -18,6 +20,8 @@ from docutils import nodes
 from docutils.utils import new_document
 from lesson_runs import costs, provenance
 from sphinx import addnodes
+
+INVENTORIES = Path(__file__).parent.parent / "docs/inventories"
 
 
 def app(folder, **settings):
@@ -195,6 +199,17 @@ def test_a_recorded_version_that_one_would_not_get_today_is_named(folder):
     old = SimpleNamespace(torch="2.11.0+cu130", triton="3.7.1")
     says = "The requirements name torch 2.13.0 today. "
     assert benchmarks.show.elsewhere(here, old) == says
+
+
+@pytest.mark.parametrize("path", sorted(INVENTORIES.glob("*.inv")), ids=lambda p: p.stem)
+def test_names_of_an_inventory_exist(path):
+    head, _, _, *lines = path.read_text().splitlines()
+    assert head == "# Sphinx inventory version 1" and lines == sorted(set(lines))
+    for line in lines:
+        name, kind, page = line.split()
+        found = pkgutil.resolve_name(name)
+        assert callable(found) and kind in ("class", "function", "method"), name
+        assert page.endswith(".html")
 
 
 def test_the_page_of_benchmarks_has_a_section_for_each():

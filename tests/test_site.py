@@ -359,13 +359,19 @@ def test_the_glossary_is_linked_at_the_first_use_of_a_word():
         assert words.rstrip("s") in entry.text.lower()
 
 
-def test_names_in_code_lead_to_their_documentation():
-    (link, *_) = [
-        link
-        for link in lesson("seeded_dropout").select("pre a")
-        if link.text == "tl.rand"
-    ]
-    assert link["href"] == "../reference/random.html#triton.language.rand"
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("tl.rand", "../reference/random.html"),
+        ("tl.load", "https://triton-lang.org/main/python-api/generated/triton.language.load.html"),
+        ("torch.empty", "https://docs.pytorch.org/docs/stable/generated/torch.empty.html"),
+        ("plt.show", "https://matplotlib.org/stable/api/_as_gen/matplotlib.pyplot.show.html"),
+    ],
+)  # fmt: skip
+def test_names_in_code_lead_to_their_documentation(name, target):
+    pages = [lesson(other) for other in ("seeded_dropout", "block_dropout")]
+    links = [a for page in pages for a in page.select("pre a") if a.text == name]
+    assert links and {a["href"].partition("#")[0] for a in links} == {target}
 
 
 def test_the_bibliography_lists_each_reference_once():

@@ -765,9 +765,13 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Below 1, ours with recurrent dropout is faster than the other without. Captured, the GPU alone
-# decides. Called, the CPU's time counts as well, and a call has more to do than one launch in each
-# direction. At 1150 units cuDNN is slow, as far as this run shows, so look at 1152, too. Below the
-# dashed line, one launch saves more than everything beside the products costs.
+# decides. On an H100 ours is then faster at 256 and 512 units, and with TF32 or with 1024 steps up
+# to 1152 units as well. With 80 sequences of bfloat16, cuDNN is faster from 1024 units on, but for
+# 1150, where cuDNN is slow. There the bytes decide: in the backward pass each program reads the
+# gradients of all four gates of all units, and the cache delivers no more. Called, the CPU's time
+# counts as well. The two lines of a call are level up to 1024 units, since a call does more than
+# launch once in each direction. They show which program is bound by the CPU, and not which kernel
+# is better.
 #
 # Implementation 1 multiplies each of its four masked states with the columns of all gates, four times
 # what it needs. FlashRNN has persistent LSTMs in CUDA, without recurrent dropout. Its authors' own

@@ -14,6 +14,7 @@ import sys
 import time
 
 import packages
+import torch
 from course import LessonError, describe, scripts
 from sphinx.util import logging
 
@@ -52,6 +53,8 @@ def run(app, changed):
         conf["show_memory"] = costs.GpuMemory()
     (provenance.gallery(app) / "images/thumb").mkdir(parents=True, exist_ok=True)
     at_once = 1 if on_gpu() else min(len(os.sched_getaffinity(0)), 4)
+    if at_once > 1:
+        torch.set_num_threads(1)  # of each: more would wait for each other
     waiting, running, failed = list(changed), [], {}
     try:
         while waiting or running:
