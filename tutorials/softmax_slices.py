@@ -439,10 +439,11 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # they stay well below the copy. On an H100 the slices come close to the copy in float32, and reach
-# about nine tenths of it in bfloat16, which has twice the elements in the same bytes. An H200
-# computes as fast but has faster memory, and there the slices fall further behind. QuACK (see the references) is faster there; its line is drawn where it is installed. It
-# gives a row to a *cluster* of programs, which exchange numbers in shared memory. It refuses odd
-# widths, and Liger the widest rows.
+# nine tenths of it or more in bfloat16, which has twice the elements in the same bytes. An H200
+# computes as fast but has faster memory, and there the slices fall further behind. QuACK (see the
+# references) is faster there; its line is drawn where it is installed. It gives a row to a *cluster*
+# of programs, which exchange numbers in shared memory. It refuses odd widths, and Liger the widest
+# rows.
 #
 # 50257 columns are only a little slower than their neighbours, although rows of an odd width can
 # begin anywhere between two multiples of 16 bytes: all but the edges is moved in whole vectors. In
