@@ -291,16 +291,17 @@ def slice_backward_kernel(
     place, mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK, VECTOR, EDGES)
     dy = tl.load(dy_ptr + place, mask, 0.0, eviction_policy="evict_first")
     y = tl.load(y_ptr + place, mask, 0.0, eviction_policy="evict_first")
-    dot = tl.sum(to_arithmetic(new_y) * to_arithmetic(new_dy), axis=0)
     if EDGES:
         edges, edge_mask = edges_at(t, t < n_slices, n_cols, SLICES, EDGES)
-        edge_dy = to_arithmetic(tl.load(dy_ptr + edges, edge_mask, 0.0))
-        dot += tl.sum(
-            edge_dy * to_arithmetic(tl.load(y_ptr + edges, edge_mask, 0.0)), axis=0
-        )
+        new_edge_dy = to_arithmetic(tl.load(dy_ptr + edges, edge_mask, 0.0))
+        new_edge_y = to_arithmetic(tl.load(y_ptr + edges, edge_mask, 0.0))
         edges, edge_mask = edges_at(u, u >= 0, n_cols, SLICES, EDGES)
         edge_dy = to_arithmetic(tl.load(dy_ptr + edges, edge_mask, 0.0))
         edge_y = to_arithmetic(tl.load(y_ptr + edges, edge_mask, 0.0))
+
+    dot = tl.sum(to_arithmetic(new_y) * to_arithmetic(new_dy), axis=0)
+    if EDGES:
+        dot += tl.sum(new_edge_y * new_edge_dy, axis=0)
     slice_publish(stats_ptr + t, dot, t < n_slices)
 
     if u >= 0:

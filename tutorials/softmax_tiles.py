@@ -111,11 +111,14 @@ def to_arithmetic(x):
 
 
 @triton.jit
-def tile_at(rows, n_cols, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+def tile_at(rows, n_cols, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr):
     """Places and mask of the whole vectors in each row."""
-    start = rows * n_cols
-    begin = (start + VECTOR - 1) // VECTOR * VECTOR
-    whole = tl.maximum(n_cols - (begin - start).to(tl.int32), 0) // VECTOR * VECTOR
+    whole = n_cols // VECTOR * VECTOR
+    begin = rows * whole
+    if EDGES:
+        start = rows * n_cols
+        begin = (start + VECTOR - 1) // VECTOR * VECTOR
+        whole = tl.maximum(n_cols - (begin - start).to(tl.int32), 0) // VECTOR * VECTOR
     cols = tl.arange(0, BLOCK)[None, :]
     return begin + cols, cols < whole
 
@@ -141,14 +144,15 @@ def tile_softmax_kernel(
     rows = pid * ROWS + tl.arange(0, ROWS)[:, None]
     # The last tile may reach beyond the last row: it reads that row again, but stores it once.
     row = tl.minimum(rows, n_rows - 1)
-    place, mask = tile_at(row, n_cols, BLOCK, VECTOR)
+    place, mask = tile_at(row, n_cols, BLOCK, VECTOR, EDGES)
     x_place = place + row * gap * VECTOR
     x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=-float("inf")))
-    largest = tl.max(x, axis=1, keep_dims=True)
-    if EDGES:  # of the only row
+    if EDGES:  # of the only row, loaded before the first result is waited for
         edges, edge_mask = edges_at(pid, n_cols, EDGES)
         edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=-float("inf"))
         edge = to_arithmetic(edge)
+    largest = tl.max(x, axis=1, keep_dims=True)
+    if EDGES:
         largest = tl.maximum(largest, tl.max(edge, axis=0))
     numerator = tl.exp(x - largest)
     denominator = tl.sum(numerator, axis=1, keep_dims=True)
@@ -255,15 +259,16 @@ def tile_backward_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     rows = pid * ROWS + tl.arange(0, ROWS)[:, None]
-    place, mask = tile_at(rows, n_cols, BLOCK, VECTOR)
+    place, mask = tile_at(rows, n_cols, BLOCK, VECTOR, EDGES)
     mask &= rows < n_rows
     dy = to_arithmetic(tl.load(dy_ptr + place, mask=mask, other=0.0))
     y = to_arithmetic(tl.load(y_ptr + place, mask=mask, other=0.0))
-    dot = tl.sum(y * dy, axis=1, keep_dims=True)
     if EDGES:
         edges, edge_mask = edges_at(pid, n_cols, EDGES)
         edge_dy = to_arithmetic(tl.load(dy_ptr + edges, mask=edge_mask, other=0.0))
         edge_y = to_arithmetic(tl.load(y_ptr + edges, mask=edge_mask, other=0.0))
+    dot = tl.sum(y * dy, axis=1, keep_dims=True)
+    if EDGES:
         dot += tl.sum(edge_y * edge_dy, axis=0)
         tl.store(dx_ptr + edges, edge_y * (edge_dy - tl.max(dot)), mask=edge_mask)
     tl.store(dx_ptr + place, y * (dy - dot), mask=mask)
@@ -521,14 +526,15 @@ if __name__ == "__main__" and not INTERPRET:
 #       .. code-block:: diff
 #
 #          -    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=-float("inf")))
-#          -    largest = tl.max(x, axis=1, keep_dims=True)
 #          +    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=0.0))
-#          +    squares = tl.sum(x * x, axis=1, keep_dims=True)
-#               if EDGES:  # of the only row
+#               if EDGES:  # of the only row, loaded before the first result is waited for
 #                   edges, edge_mask = edges_at(pid, n_cols, EDGES)
 #          -        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=-float("inf"))
 #          +        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=0.0)
 #                   edge = to_arithmetic(edge)
+#          -    largest = tl.max(x, axis=1, keep_dims=True)
+#          +    squares = tl.sum(x * x, axis=1, keep_dims=True)
+#               if EDGES:
 #          -        largest = tl.maximum(largest, tl.max(edge, axis=0))
 #          -    numerator = tl.exp(x - largest)
 #          -    denominator = tl.sum(numerator, axis=1, keep_dims=True)
