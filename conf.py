@@ -107,7 +107,8 @@ glossary_exceptions = [
 # A lesson that takes longer than so many seconds is ended, and fails the build.
 lesson_limit = 300
 
-# Names in code lead to these. The inventories are kept here, so that the build asks no network.
+# Names in code lead to these. The inventories are kept here, so that the build asks no network:
+# the names that lessons use, without classes that lessons derive from (theirs would lead there, too).
 intersphinx_mapping = {
     "matplotlib": ("https://matplotlib.org/stable/", "inventories/matplotlib.inv"),
     "torch": ("https://docs.pytorch.org/docs/stable/", "inventories/torch.inv"),

@@ -387,7 +387,10 @@ def test_the_record_can_be_read(path):
     "name", sorted(path.stem for path in (record.ROOT / "tutorials").glob("*.py"))
 )
 def test_the_record_belongs_to_the_lesson_as_it_stands(name):
-    """Records from before the functions' names were kept are passed over."""
+    """Records from before the functions' names were kept are passed over.
+
+    A new benchmark may wait for its first record.
+    """
     machines = [schema.load(path) for path in RESULTS]
     machines = [m for m in machines if any(b.function for b in m.benchmarks.values())]
     if not machines:
@@ -398,8 +401,9 @@ def test_the_record_belongs_to_the_lesson_as_it_stands(name):
     }
     for machine in machines:
         kept = {key for key, b in machine.benchmarks.items() if b.lesson == name}
-        assert kept == set(measured), f"{machine.folder}: record {name} again"
-        for key, (function, benchmark) in measured.items():
+        assert kept <= set(measured), f"{machine.folder}: record {name} again"
+        for key in kept:
+            function, benchmark = measured[key]
             entry, table = machine.benchmarks[key], machine.read(key)
             assert entry.function == function.__name__
             assert list(entry.lines) == list(benchmark.line_names), key

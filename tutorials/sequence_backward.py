@@ -337,8 +337,8 @@ def plain_loop(from_input, weight, h, c, masks):
 #
 # .. math::
 #
-#    \delta_t = \big(dc_t \, g \, i (1 - i), \; dc_t \, c_{t-1} \, f (1 - f), \;
-#    dc_t \, i \, (1 - g^2), \; dh_t \tanh(c_t) \, o (1 - o)\big)
+#    \delta_t = \left(dc_t \, g \, i (1 - i), \; dc_t \, c_{t-1} \, f (1 - f), \;
+#    dc_t \, i \, (1 - g^2), \; dh_t \tanh(c_t) \, o (1 - o)\right)
 #
 # Only the product :math:`U^\top \delta_{t+1}` mixes units. So :math:`dc` stays in the registers of
 # the program that owns the unit, and :math:`\delta` has to travel:

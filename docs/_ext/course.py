@@ -115,7 +115,8 @@ def plain(text, found):
 def minutes(app, lesson):
     """How long the page takes to read: its prose, its code and what the code printed.
 
-    Folded answers don't count, nor does code that is repeated from earlier lessons.
+    What is folded and need not be read doesn't count: answers, recorded benchmarks, and code that is
+    repeated from earlier lessons.
     """
     page = (Path(app.srcdir) / f"{lesson.docname}.rst").read_text(encoding="utf-8")
     page = page.partition("\n.. rst-class:: sphx-glr-timing")[0]
@@ -132,7 +133,7 @@ def minutes(app, lesson):
         if "\n.. code-block:: Python\n" not in block:
             words += len(re.findall(r"\S*\w\S*", read))
             repeated = "\nRepeated\n---" in block
-        elif not repeated:
+        elif not repeated and "@triton.testing.perf_report" not in block:
             lines += len(re.findall(r"^ +\S", read, re.MULTILINE))
     return round(words / WORDS_A_MINUTE + lines / LINES_A_MINUTE)
 
