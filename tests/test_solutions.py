@@ -218,7 +218,7 @@ def test_matrix_dropout_of_sequences(changed, randn):
     seeds = torch.arange(5, device=DEVICE)
     y = torch.empty(5, 42, device=DEVICE)
     lesson.matrix_dropout_kernel[(3,)](
-        y, sequences, seeds, 5, 42, *sequences.stride(), 6, 2**31, 2.0, 2, 64
+        y, sequences, seeds, 5, 42, *sequences.stride(), 6, 2**31, 2.0, 2, 64, 1
     )
     from matrix_dropout import matrix_dropout
 

@@ -470,15 +470,16 @@ def check_column_dropout(answer):
 #          check_column_dropout(column_dropout)
 #
 #    2. A row is now a sequence, and a column stands for a step and a feature. The address needs
-#       both, with a stride for each. The decisions and the result stay as they are.
+#       both, with a stride for each. The decisions and the result stay as they are. Pass 1 for
+#       ``ALIGN``.
 #
 #       .. code-block:: diff
 #
 #          @@ in matrix_dropout_kernel
 #          -    y_ptr, x_ptr, seeds_ptr, n_rows, n_cols, x_row_stride, x_col_stride,
-#          -    threshold, scale: tl.float64, ROWS: tl.constexpr, COLS: tl.constexpr,
+#          -    threshold, scale: tl.float64,
 #          +    y_ptr, x_ptr, seeds_ptr, n_rows, n_cols, x_row_stride, x_step_stride, x_col_stride,
-#          +    n_features, threshold, scale: tl.float64, ROWS: tl.constexpr, COLS: tl.constexpr,
+#          +    n_features, threshold, scale: tl.float64,
 #          @@
 #          -    x_tile = x_ptr + rows[:, None] * x_row_stride + cols[None, :] * x_col_stride
 #          +    places = cols // n_features * x_step_stride + cols % n_features * x_col_stride
