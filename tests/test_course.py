@@ -1,5 +1,6 @@
 """What all lessons have in common: their form, and that importing one does nothing."""
 
+import ast
 import importlib
 import json
 import random
@@ -152,3 +153,27 @@ def test_references_are_a_list_of_paragraphs_with_links(path):
         # An initial on the only line of an entry makes it a numbered list.
         assert isinstance(item[0], nodes.paragraph) and len(item) == 1, item.astext()
         assert list(item.findall(nodes.reference)), item.astext()
+
+
+def kernels(code):
+    """The kernels in a text, without their documentation and comments."""
+    found = {}
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.FunctionDef) and "jit" in ast.unparse(
+            node.decorator_list
+        ):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            found[node.name] = ast.unparse(body)
+    return found
+
+
+def test_kernels_that_a_lesson_repeats_are_those_of_the_lesson_before():
+    first = {}
+    for name in ("fused_lstm", "sequence_lstm", "sequence_backward", "lstm_module"):
+        text = LESSONS[name].read_text()
+        repeated = re.search(r"# Repeated\n# ---.*?(?=# %%)", text, re.DOTALL)
+        assert bool(repeated) == (name != "fused_lstm")
+        if repeated:
+            copies = kernels(repeated[0])
+            assert copies == {kernel: first[kernel] for kernel in copies}
+        first |= kernels(text)

@@ -759,3 +759,9 @@ def test_two_calls_give_the_same_bits(randn):
         results.append([y, *torch.autograd.grad(y.sin().sum(), [x, *lstm.parameters()])])
     for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_nested_tensor_gets_a_sentence():
+    x = torch.nested.nested_tensor([torch.ones(3, 4), torch.ones(2, 4)])
+    with pytest.raises(TypeError, match="input must be a dense tensor, got a nested one"):
+        LSTM(4, 7)(x)

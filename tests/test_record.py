@@ -409,3 +409,17 @@ def test_the_record_belongs_to_the_lesson_as_it_stands(name):
             assert list(entry.lines) == list(benchmark.line_names), key
             assert table.index.tolist() == list(benchmark.x_vals), key
             assert entry.unit == benchmark.ylabel
+
+
+@pytest.mark.parametrize(
+    ("runs", "text"), [([1, 1], "a single run."), ([1, 2], "of 2 runs,")]
+)
+def test_a_caption_counts_the_runs_that_were_kept(monkeypatch, runs, text):
+    monkeypatch.setattr(show, "pinned", lambda app: {})
+    (path,) = RESULTS[:1]
+    machine = schema.load(path)
+    name = next(iter(machine.benchmarks))
+    kept = pd.DataFrame({"run": runs})
+    monkeypatch.setattr(pd, "read_csv", lambda path: kept)
+    machine.read = lambda *names: pd.DataFrame({"GB/s": [1.0]})
+    assert text in show.caption(None, machine, name)

@@ -386,8 +386,7 @@ class Seeds(torch.nn.Module):
 # Is it right?
 # ------------
 #
-# Here is a small network whose blocks use one dropout twice. ``way`` is how a block is run:
-# plainly, or checkpointed.
+# Here is a small network whose blocks use one dropout twice.
 
 
 class Block(torch.nn.Module):
@@ -464,8 +463,7 @@ if __name__ == "__main__":
 # -------------
 #
 # ``checkpointed`` calls ``checkpoint``, so it saves the same memory. What differs is the CPU's
-# time, which shows with a small function. Compare a forward and a backward pass with those of
-# ``F.dropout``.
+# time. Compare it for a small function with that of ``F.dropout``.
 
 
 def small_call(function, way, masks, x):

@@ -562,6 +562,10 @@ class LSTM(torch.nn.Module):
         if not isinstance(input, torch.Tensor | PackedSequence):
             got = type(input).__name__
             raise TypeError(f"input must be a tensor or a PackedSequence, got {got}")
+        if getattr(input, "is_nested", False):
+            raise TypeError(
+                "input must be a dense tensor, got a nested one; pass lengths"
+            )
         x, lengths = pad_packed_sequence(input) if packed else (input, lengths)
         if x.dim() != 3 or x.shape[2] != self.input_size:
             wanted = "(batch, time" if self.batch_first else "(time, batch"

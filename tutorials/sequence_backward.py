@@ -508,7 +508,7 @@ if __name__ == "__main__":
 LINES = {
     "backward": ("#d55e00", "-"),
     "backward, nobody waits": ("#d55e00", ":"),
-    "forward": ("#cc79a7", "-"),
+    "forward": ("#d55e00", "-."),
     "products alone, backward": ("#555555", "--"),
 }
 

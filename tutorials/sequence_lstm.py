@@ -401,7 +401,7 @@ def launch_barriers(n_programs):
 LINES = {
     "whole sequence": ("#d55e00", "-"),
     "whole sequence, nobody waits": ("#d55e00", ":"),
-    "barrier alone": ("#cc79a7", "-"),
+    "barrier alone": ("#d55e00", "-."),
     "product with U alone": ("#555555", "--"),
     "cuDNN, no recurrent dropout": ("#0072b2", "-"),
 }

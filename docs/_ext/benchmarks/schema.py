@@ -108,7 +108,8 @@ class Benchmark:
     def title(self):
         """The plot's name as words: "Softmax tiles backward"."""
         words = self.name.partition(".")[2].replace("-", " ").removesuffix(self.dtype)
-        return words.strip().capitalize()
+        words = words.strip().capitalize()
+        return re.sub("(?i)lstm", "LSTM", words).replace("johnson l", "Johnson-L")
 
     @property
     def less_is_better(self):

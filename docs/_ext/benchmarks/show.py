@@ -14,6 +14,7 @@ from math import ceil, isfinite
 from pathlib import Path
 from textwrap import indent
 
+import pandas as pd
 from course import lessons
 from docutils import nodes
 from docutils.parsers.rst import directives
@@ -124,12 +125,15 @@ def caption(app, machine, name):
     spread = (machine.read(name, ", spread") / machine.read(name)).stack().median()
     base = f"/results/{folder.name}"
     data = f":download:`CSV <{base}/{name}.csv>`"
+    runs = machine.runs
     if (folder / f"runs/{name}.csv").exists():
+        runs = pd.read_csv(folder / f"runs/{name}.csv")["run"].nunique()
         data += f", :download:`each run, with clocks and temperature <{base}/runs/{name}.csv>`"
+    measured = f"medians of {runs} runs, which differ by {spread:.1%} in the median"
     return (
         f"Recorded on {benchmark.date} on an {machine.gpu} (driver {machine.driver}, torch "
-        f"{machine.torch}, triton {machine.triton}, commit {benchmark.commit}): medians of "
-        f"{machine.runs} runs, which differ by {spread:.1%} in the median. "
+        f"{machine.torch}, triton {machine.triton}, commit {benchmark.commit}): "
+        f"{measured if runs > 1 else 'a single run'}. "
         f"{elsewhere(app, machine)}A copy of 2²⁸ float32 elements reaches {machine.copy_limit} "
         f"there. {data}"
     )
