@@ -632,17 +632,21 @@ class LSTM(torch.nn.Module):
         # Add units that stay 0, as blocks_for wants them: one block in the interpreter.
         H = self.hidden_size
         extra = max(16, 1 << (H - 1).bit_length()) - H if INTERPRET else -H % 128
-        weight_ih = pad(self.weight_ih_l0.view(4, H, -1), (0, 0, 0, extra))
-        weight_hh = pad(self.weight_hh_l0.view(4, H, H), (0, extra, 0, extra))
-        bias = pad((self.bias_ih_l0 + self.bias_hh_l0).view(4, H), (0, extra))
+        weight_ih, weight_hh = self.weight_ih_l0.view(4, H, -1), self.weight_hh_l0
+        weight_hh, bias = weight_hh.view(4, H, H), self.bias_ih_l0 + self.bias_hh_l0
+        if extra:
+            weight_ih = pad(weight_ih, (0, 0, 0, extra))
+            weight_hh = pad(weight_hh, (0, extra, 0, extra))
+            bias = pad(bias.view(4, H), (0, extra))
 
-        traced = torch.compiler.is_compiling()
-        traced = traced or torch._C._are_functorch_transforms_active()
-        draw = gate_dropout_op if traced else launch_gate_dropout
-        ones = torch.ones(G, 1, *x.shape[1:], dtype=x.dtype, device=x.device)
-        kept = draw(ones, rates[0], seeds[:1]) > 0
-        x = torch.where(kept, x * threshold_and_scale(rates[0])[1], 0.0)
-        weight_ih = weight_ih.view(G, -1, self.input_size)
+        if rates[0]:
+            traced = torch.compiler.is_compiling()
+            traced = traced or torch._C._are_functorch_transforms_active()
+            draw = gate_dropout_op if traced else launch_gate_dropout
+            ones = torch.ones(G, 1, *x.shape[1:], dtype=x.dtype, device=x.device)
+            kept = draw(ones, rates[0], seeds[:1]) > 0
+            x = torch.where(kept, x * threshold_and_scale(rates[0])[1], 0.0)
+        x, weight_ih = x.expand(G, -1, -1, -1), weight_ih.view(G, -1, self.input_size)
         gates = torch.baddbmm(bias.view(G, 1, -1), x.flatten(1, 2), weight_ih.mT)
         gates = gates.view(G, n_steps, n_sequences, 4 // G, H + extra)
         gates = gates.permute(1, 2, 0, 3, 4)
