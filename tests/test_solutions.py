@@ -310,7 +310,7 @@ def test_the_full_recipe_without_one_of_its_masks(changed):
     less = list(lesson.VARIANTS.values())[-3:]
     assert all(rates.items() < full.items() for rates in less)
     assert len({frozenset(rates) for rates in less}) == 3
-    text = torch.arange(10) % 3
+    text = torch.arange(2 * lesson.STREAMS) % 3
     assert len(lesson.held_out_losses("no words", 0, text, text, 3)) == lesson.EPOCHS
 
 
