@@ -149,7 +149,7 @@ def test_the_page_prints_this_table():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a dense tensor, got list"),
+        ({"x": [1.0]}, TypeError, "x must be a dense tensor, not nested, got list"),
         (
             {"x": torch.ones(3, dtype=torch.int32)},
             TypeError,
@@ -157,7 +157,11 @@ def test_the_page_prints_this_table():
         ),
         ({"x": torch.ones(3, requires_grad=True)}, ValueError, "requires a gradient"),
         ({"x": torch.ones(4)}, ValueError, r"x's shape, \(4,\), got \(3,\)"),
-        ({"x_keep": [1, 0, 1]}, TypeError, "x_keep must be a dense tensor, got list"),
+        (
+            {"x_keep": [1, 0, 1]},
+            TypeError,
+            "x_keep must be a dense tensor, not nested, got list",
+        ),
         (
             {"x_keep": torch.ones(3, dtype=torch.complex64)},
             TypeError,
@@ -166,7 +170,7 @@ def test_the_page_prints_this_table():
         (
             {"x": torch.ones(3).to_sparse()},
             TypeError,
-            "x must be a dense tensor, got torch.sparse",
+            "x must be a dense tensor, not nested, got torch.sparse",
         ),
         (
             {"x": torch.ones(1, 3), "x_keep": torch.ones(3, 1) > 0},

@@ -131,7 +131,7 @@ def test_operator_keeps_its_promises(randn):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a dense tensor, got list"),
+        ({"x": [1.0]}, TypeError, "x must be a dense tensor, not nested, got list"),
         ({"x": torch.ones(2, 2).int()}, TypeError, "x must be float16.*got torch.int32"),
         ({"p": "0"}, TypeError, "p must be a number, got str"),
         ({"p": 1.5}, ValueError, r"p must be in \[0, 1\], got 1.5"),

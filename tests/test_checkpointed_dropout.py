@@ -183,8 +183,12 @@ def test_a_seed_that_changes_before_the_backward_pass_is_an_error(randn):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a dense tensor, got .*list"),
-        ({"x": torch.ones(3).to_sparse()}, TypeError, "x must be a dense tensor, got"),
+        ({"x": [1.0]}, TypeError, "x must be a dense tensor, not nested, got .*list"),
+        (
+            {"x": torch.ones(3).to_sparse()},
+            TypeError,
+            "x must be a dense tensor, not nested, got",
+        ),
         ({"x": torch.ones(3).int()}, TypeError, "x must be float16.*got torch.int32"),
         ({"x": torch.ones(3, device="meta")}, ValueError, "x must be on device type"),
         ({"p": 1.5}, ValueError, "p must be from 0 to 1, got 1.5"),

@@ -274,7 +274,7 @@ def test_compiles_without_a_graph_break(randn, backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a dense tensor, got list"),
+        ({"x": [1.0]}, TypeError, "x must be a dense tensor, not nested, got list"),
         ({"x": torch.ones(3, 4).int()}, TypeError, "x must be float16.*got torch.int32"),
         ({"x": torch.ones(3, 4).to_sparse()}, TypeError, "x must be a dense tensor"),
         ({"x": torch.ones(3, 4, device="meta")}, ValueError, "device type"),
@@ -282,7 +282,7 @@ def test_compiles_without_a_graph_break(randn, backend):
         ({"p": -0.1}, ValueError, r"p must be in \[0, 1\], got -0.1"),
         ({"p": math.nan}, ValueError, r"p must be in \[0, 1\], got nan"),
         ({"p": "0.5"}, TypeError, "p must be a number, got str"),
-        ({"seeds": 7}, TypeError, "seeds must be a dense tensor, got int"),
+        ({"seeds": 7}, TypeError, "seeds must be a dense tensor, not nested, got int"),
         (
             {"seeds": torch.ones(3)},
             TypeError,

@@ -81,7 +81,7 @@ def test_any_seed(seed):
 KNOWN_WORDS = 0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8
 
 
-@pytest.mark.parametrize(("i", "word"), enumerate(KNOWN_WORDS))
+@pytest.mark.parametrize(("i", "word"), list(enumerate(KNOWN_WORDS)))
 def test_known_words_decide(i, word):
     x = torch.ones(1, 4, 1, device=DEVICE)
     assert shared_dropout(x, word / 2**32, seed_of(0))[0, i] != 0
@@ -149,13 +149,13 @@ def test_input_is_left_alone(randn):
 @pytest.mark.parametrize(
     ("x", "p", "seed", "error", "message"),
     [
-        ([1.0], 0.5, seed_of(1), TypeError, "x must be a dense tensor, got list"),
+        ([1.0], 0.5, seed_of(1), TypeError, "x must be a dense tensor, not nested, got list"),
         (
             torch.ones(1, 3, 1).to_sparse(),
             0.5,
             seed_of(1),
             TypeError,
-            "x must be a dense tensor, got torch.sparse_coo",
+            "x must be a dense tensor, not nested, got torch.sparse_coo",
         ),
         (torch.ones(1, 3, 1).int(), 0.5, seed_of(1), TypeError, "x must be float16"),
         (torch.ones(1, 3, 1).to(torch.complex64), 0.5, seed_of(1), TypeError, "x must be float16"),
@@ -227,7 +227,9 @@ def test_locked_dropout_refuses_other_inputs():
         ValueError, match=r"x must be \(time, batch, features\), got shape"
     ):
         LockedDropout(0.5)(torch.ones(3, 4, device=DEVICE))
-    with pytest.raises(TypeError, match="x must be a dense tensor, got ndarray"):
+    with pytest.raises(
+        TypeError, match="x must be a dense tensor, not nested, got ndarray"
+    ):
         LockedDropout(0.5)(np.ones((2, 3, 4)))
 
 
@@ -237,7 +239,7 @@ def test_nested_tensors_get_a_sentence(layout):
     parts = [torch.ones(2, 3, device=DEVICE), torch.ones(4, 3, device=DEVICE)]
     x = torch.nested.nested_tensor(parts, layout=layout)
     for module in (LockedDropout(0.5), LockedDropout(0.5).eval()):
-        with pytest.raises(TypeError, match="x must be a dense tensor, got a nested"):
+        with pytest.raises(TypeError, match="x must be a dense tensor, not nested, got"):
             module(x)
 
 

@@ -415,7 +415,7 @@ def test_the_page_prints_this_table():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": [1.0]}, TypeError, "x must be a dense tensor, got list"),
+        ({"x": [1.0]}, TypeError, "x must be a dense tensor, not nested, got list"),
         (
             {"x": torch.ones(3, dtype=torch.int32)},
             TypeError,
@@ -424,7 +424,7 @@ def test_the_page_prints_this_table():
         (
             {"x": torch.ones(3).to_sparse()},
             TypeError,
-            "x must be a dense tensor, got torch.sparse",
+            "x must be a dense tensor, not nested, got torch.sparse",
         ),
         ({"x": torch.ones(3, device="meta")}, ValueError, "device type"),
         ({"p": -0.1}, ValueError, r"p must be in \[0, 1\], got -0.1"),

@@ -259,8 +259,8 @@ def test_compiles_without_a_graph_break(randn, backend):
 
 
 WRONG = [
-    ([1.0, 2.0], TypeError, "x must be a dense tensor, got list"),
-    (np.ones(3), TypeError, "x must be a dense tensor, got ndarray"),
+    ([1.0, 2.0], TypeError, "x must be a dense tensor, not nested, got list"),
+    (np.ones(3), TypeError, "x must be a dense tensor, not nested, got ndarray"),
     (torch.ones(3, dtype=torch.int64), TypeError, "got torch.int64"),
     (torch.ones(3, dtype=torch.bool), TypeError, "got torch.bool"),
     (torch.ones(3, dtype=torch.complex64), TypeError, "got torch.complex64"),

@@ -330,7 +330,7 @@ def test_compiles_without_a_graph_break(randn, density, backend):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": [[1.0]]}, TypeError, "x must be a dense tensor, got list"),
+        ({"x": [[1.0]]}, TypeError, "x must be a dense tensor, not nested, got list"),
         ({"x": torch.ones(3, 4).int()}, TypeError, "x must be float16.*got torch.int32"),
         ({"x": torch.ones(3, 4).bool()}, TypeError, "got torch.bool"),
         ({"x": torch.ones(3, 4).cfloat()}, TypeError, "got torch.complex64"),

@@ -329,10 +329,10 @@ def dropout(x, x_keep, p):
     Srivastava et al., "Dropout: a simple way to prevent neural networks from
     overfitting", 2014.
     """
-    for name, tensor in [("x", x), ("x_keep", x_keep)]:
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            got = getattr(tensor, "layout", type(tensor).__name__)
-            raise TypeError(f"{name} must be a dense tensor, got {got}")
+    for name, t in [("x", x), ("x_keep", x_keep)]:
+        if not isinstance(t, torch.Tensor) or t.is_nested or t.layout != torch.strided:
+            got = getattr(t, "layout", type(t).__name__)
+            raise TypeError(f"{name} must be a dense tensor, not nested, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x_keep.dtype not in MASK_DTYPES:

@@ -409,9 +409,9 @@ def block_dropout(x, p, seed, shape, offsets):
     TypeError, ValueError
         If an argument has another type or range, or the block sticks out of the shape.
     """
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
-        raise TypeError(f"x must be a dense tensor, got {got}")
+        raise TypeError(f"x must be a dense tensor, not nested, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.device.type != DEVICE:

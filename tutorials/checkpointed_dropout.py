@@ -334,8 +334,10 @@ def replayed_dropout(x, p, seed, number=0):
     tensor of one int64 on the device of ``x`` that does not change before the backward pass.
     Differentiable, also twice, in reverse mode only; works under ``torch.compile``.
     """
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
-        raise TypeError(f"x must be a dense tensor, got {getattr(x, 'layout', type(x))}")
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
+        raise TypeError(
+            f"x must be a dense tensor, not nested, got {getattr(x, 'layout', type(x))}"
+        )
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.device.type != DEVICE:

@@ -392,9 +392,9 @@ def row_softmax(x):
         If ``x`` has no dimension or too many columns, is on another device, or requires
         a gradient, which this kernel does not compute.
     """
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
-        raise TypeError(f"x must be a dense tensor, got {got}")
+        raise TypeError(f"x must be a dense tensor, not nested, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.ndim == 0:

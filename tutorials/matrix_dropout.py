@@ -391,10 +391,10 @@ def matrix_dropout(x, p, seeds):
     counter c // 4, is at least p * 2^32. Differentiable, also twice, in reverse mode only;
     works under ``torch.compile``. Raises TypeError or ValueError for anything else.
     """
-    for name, tensor in (("x", x), ("seeds", seeds)):
-        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            got = getattr(tensor, "layout", type(tensor).__name__)
-            raise TypeError(f"{name} must be a dense tensor, got {got}")
+    for name, t in (("x", x), ("seeds", seeds)):
+        if not isinstance(t, torch.Tensor) or t.is_nested or t.layout != torch.strided:
+            got = getattr(t, "layout", type(t).__name__)
+            raise TypeError(f"{name} must be a dense tensor, not nested, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.ndim != 2:

@@ -253,8 +253,7 @@ def apply(*arguments):
 def check_dense(x, axes):
     if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
-        got = "a nested tensor" if getattr(x, "is_nested", False) else got
-        raise TypeError(f"x must be a dense tensor, got {got}")
+        raise TypeError(f"x must be a dense tensor, not nested, got {got}")
     if x.dim() != 3:
         raise ValueError(f"x must be {axes}, got shape {tuple(x.shape)}")
 

@@ -171,6 +171,10 @@ def tile_softmax_kernel(
 # H100: larger tiles leave room for fewer programs at a time, and smaller ones spend more time on
 # starting.
 #
+# A program has at most 512 threads, although 1024 are possible. Each thread of this kernel takes more
+# than 32 of a multiprocessor's 65536 registers, so of programs with 1024 threads only one fits. Of
+# those with 512, two fit, and while one computes, the other loads.
+#
 # Softmax runs over the last dimension, and each index of the dimensions before it counts as a row.
 # If neighbours in a row are not neighbours in memory, as in a transposed matrix, we copy the input.
 # Rows of the input may lie further apart than those of the result, as when you cut columns off a
@@ -182,13 +186,13 @@ import math
 TILE = 4096
 
 
-# The threads of a warp, 64 on some of AMD's GPUs. No program has more than 1024 threads.
+# The threads of a warp, 64 on some of AMD's GPUs.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def warps(n_bytes):
-    """As many warps as give each thread 64 bytes, from 1 to the 32 that a program may have."""
-    return min(max(n_bytes // (WARP * 64), 1), 1024 // WARP)
+    """As many warps as give each thread 64 bytes, from 1 warp to 512 threads."""
+    return min(max(n_bytes // (WARP * 64), 1), 512 // WARP)
 
 
 def launch_tiles(kernel, tensors, n_rows, n_cols, *gap, tile=TILE, align=True):
@@ -461,9 +465,9 @@ def tile_softmax(x):
     Differentiable, also twice, in reverse mode only; works under ``torch.compile``. Another
     dtype raises TypeError; other shapes and devices raise ValueError.
     """
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
-        raise TypeError(f"x must be a dense tensor, got {got}")
+        raise TypeError(f"x must be a dense tensor, not nested, got {got}")
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.ndim == 0:
@@ -517,7 +521,7 @@ if __name__ == "__main__" and not INTERPRET:
 # .. note::
 #    Try it first.
 #
-#    1. With 16 bytes a program has four times the warps, but never more than 32. More threads
+#    1. With 16 bytes a program has four times the warps, but never more than 512 threads. More threads
 #       spend more time on combining their results. With 256 bytes a thread holds more in registers,
 #       and fewer threads load at the same time. Expect neither to come closer to the copy.
 #    2. The maximum is not needed, and the padding becomes 0, which adds nothing to the sum of

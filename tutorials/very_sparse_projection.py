@@ -397,9 +397,9 @@ def apply(*arguments):
 
 
 def checked(name, x, size, n_out, seed, density):
-    if not isinstance(x, torch.Tensor) or x.layout != torch.strided:
+    if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
-        raise TypeError(f"{name} must be a dense tensor, got {got}")
+        raise TypeError(f"{name} must be a dense tensor, not nested, got {got}")
     if not x.is_floating_point() or x.itemsize == 1:
         wanted = "float16, bfloat16, float32 or float64"
         raise TypeError(f"{name} must be {wanted}, got {x.dtype}")
