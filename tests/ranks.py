@@ -1,6 +1,7 @@
-"""What real ranks draw, and how fast, beside one of them alone. On two GPUs:
+"""What real ranks draw, and how fast. On two GPUs, for the page *Benchmarks*:
 
-    python -m torch.distributed.run --standalone --nproc-per-node=2 tests/ranks.py
+    python -m torch.distributed.run --standalone --nproc-per-node=2 tests/ranks.py \\
+        > docs/results/ranks.md
 
 On the CPU, with 1, 2, 3 and 4 processes, and with the training of the lesson:
 
@@ -12,11 +13,14 @@ import os
 import socket
 import sys
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
 import torch._dynamo  # DTensor imports it when it is first used, in each process anew
 import torch.distributed as dist
+import triton
+from tabulate import tabulate
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -87,23 +91,23 @@ def cpu_seconds(run, calls=100):
 def runs(mesh, rows):
     """What is measured, for blocks of this many rows of 8192 elements."""
     block = torch.randn(rows, 8192, device=DEVICE, dtype=torch.bfloat16)
-    n_ranks, rank = dist.get_world_size(), dist.get_rank()
-    calls = {"copy": block.clone}
+    rank = dist.get_rank()
+    calls = {("", "copy"): block.clone}
     for placement in (Shard(0), Shard(1), Replicate()):
         x = DTensor.from_local(block, mesh, [placement], run_check=False)
         offsets = [0, 0]
         if placement.is_shard():
             offsets[placement.dim] = rank * block.shape[placement.dim]
         arguments = block, 0.5, 7, list(x.shape), offsets
-        name = f"{n_ranks} ranks, {placement}"
-        calls[f"{name}: sharded_dropout"] = lambda x=x: sharded_dropout(x, 0.5, 7)
-        calls[f"{name}: launch"] = lambda a=arguments: launch_block_dropout(*a)
-        calls[f"{name}: F.dropout"] = lambda x=x: torch.nn.functional.dropout(x)
+        name = str(placement)
+        calls[name, "sharded_dropout"] = lambda x=x: sharded_dropout(x, 0.5, 7)
+        calls[name, "its launch"] = lambda a=arguments: launch_block_dropout(*a)
+        calls[name, "F.dropout"] = lambda x=x: torch.nn.functional.dropout(x)
     return calls
 
 
 def measure(mesh, n=2**28, repeats=5):
-    """GB/s of the slowest rank while all work, and the CPU's time of a call for a tiny block.
+    """A table: GB/s of the slowest rank while all work, and the CPU's time of a call for a tiny block.
 
     Nothing is sent while a time is taken. Each round measures everything once.
     """
@@ -116,11 +120,18 @@ def measure(mesh, n=2**28, repeats=5):
     ]
     times = torch.tensor(times, device=DEVICE).median(dim=0).values
     dist.all_reduce(times, op=dist.ReduceOp.MAX)
-    print_once(f"bfloat16, {n} elements a rank, medians of {repeats}, the slowest rank")
     copy = times[0, 0].item()
-    for name, (gpu, cpu) in zip(large, times.tolist(), strict=True):
-        speed = f"{4 * n / gpu / 1e9:.0f} GB/s, {copy / gpu:.2f} of the copy"
-        print_once(f"{name}: {speed}; CPU {1e6 * cpu:.0f} us a call")
+    rows = [
+        [*name, 4 * n / gpu / 1e9, copy / gpu, 1e6 * cpu]
+        for name, (gpu, cpu) in zip(large, times.tolist(), strict=True)
+    ]
+    head = "placement", "call", "GB/s", "of the copy", "CPU's time of a call, µs"
+    print_once("\n" + tabulate(rows, head, "github", (*"gg", ".0f", ".2f", ".0f")))
+    print_once(
+        f"\nbfloat16, {n:,} elements a rank; medians of {repeats}, the slowest rank. Measured with "
+        f"{dist.get_world_size()} × {torch.cuda.get_device_name()}, torch {torch.__version__}, "
+        f"triton {triton.__version__}, {date.today()}."
+    )
 
 
 def print_once(*values):
@@ -137,7 +148,7 @@ def check():
     check_masks(mesh)
     check_gradients(mesh)
     n_ranks = dist.get_world_size()
-    print_once(f"{n_ranks} ranks: masks and gradients agree with those of one")
+    print_once(f"{n_ranks} ranks: masks and gradients agree with those of one.")
     if not INTERPRET:
         measure(mesh)
     dist.destroy_process_group()
