@@ -46,7 +46,7 @@ extensions = [
     "support",
     "triton_functions",
 ]
-exclude_patterns = ["_ext", "_templates", "results"]
+exclude_patterns = ["_ext", "_templates"]
 templates_path = ["docs/_templates"]
 nitpicky = True
 # Of a folder above the lessons it does not matter.

@@ -177,3 +177,11 @@ def test_kernels_that_a_lesson_repeats_are_those_of_the_lesson_before():
             copies = kernels(repeated[0])
             assert copies == {kernel: first[kernel] for kernel in copies}
         first |= kernels(text)
+
+
+def test_operators_have_names_of_their_own():
+    """PyTorch takes a name that is registered again from the lesson that had it."""
+    texts = [path.read_text() for path in LESSONS.values()]
+    names = [n for text in texts for n in re.findall(r'custom_op\(\s*"(\S+)"', text)]
+    assert len(names) > 10
+    assert len(names) == len(set(names))

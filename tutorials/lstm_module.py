@@ -427,10 +427,10 @@ def launch_sequence_backward(
 
 
 lstm_sequence_op = torch.library.custom_op(
-    "fast_and_right::lstm_sequence", launch_sequence, mutates_args=()
+    "fast_and_right::lstm_layer", launch_sequence, mutates_args=()
 )
 lstm_sequence_backward_op = torch.library.custom_op(
-    "fast_and_right::lstm_sequence_backward", launch_sequence_backward, mutates_args=()
+    "fast_and_right::lstm_layer_backward", launch_sequence_backward, mutates_args=()
 )
 
 
