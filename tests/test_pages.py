@@ -219,16 +219,18 @@ def test_the_figure_of_a_benchmark_is_signed_titled_and_its_lines_named():
     plt.switch_backend("agg")
     plt.close("all")
     _, axis = plt.subplots()
-    axis.plot([1, 2], [90, 95], label="ours", color="#d55e00")
-    axis.plot([1, 2], [45, 95], label='F.dropout, "eager" <b>', color="#0072b2")
-    axis.plot([1, 2], [100, 100], label="copy", color="#555555", ls="--")
-    axis.set(xlabel="elements\nsome machine", ylabel="GB/s")
+    sizes = [2**10, 2**20]
+    axis.plot(sizes, [90, 95], label="ours (GB/s)", color="#d55e00")
+    axis.plot(sizes, [45, 95], label='F.dropout, "eager" <b> (GB/s)', color="#0072b2")
+    axis.plot(sizes, [100, 100], label="copy (GB/s)", color="#555555", ls="--")
+    axis.set(xlabel="elements, 2^4 rows\nsome machine", ylabel="GB/s", xscale="log")
     axis.legend()
     figures.sign_lesson(None, {"example_globals": {"MACHINE": "some machine"}}, {})
     title = "ours: 90 to 95% of “copy”, 1.00 to 2.00 times “F.dropout, ‘eager’ ‹b›”"
     assert axis.get_title(loc="left") == title
-    assert axis.get_xlabel() == "elements" and axis.get_legend() is None
+    assert axis.get_xlabel() == "elements, 2⁴ rows" and axis.get_legend() is None
     assert {"ours", "copy"} < {text.get_text() for text in axis.texts}
+    assert axis.xaxis.get_major_formatter()(2**20, 0) == "2²⁰"
     plt.close("all")
 
 

@@ -373,8 +373,8 @@ def benchmark(n_cols, dtype, line):
 
 @triton.testing.perf_report(figures("softmax-tiles-backward", BACKWARD))
 def backward_benchmark(n_cols, dtype, line):
-    x, dy = torch.randn(2, 2**28 // n_cols, n_cols, device=DEVICE, dtype=dtype)
-    y = torch.softmax(x, dim=-1)
+    x = torch.randn(2**28 // n_cols, n_cols, device=DEVICE, dtype=dtype)
+    y, dy = torch.softmax(x, dim=-1), torch.randn_like(x)
     run = {
         "softmax, backward": lambda: launch_tile_backward(dy, y),
         "torch.softmax, backward": lambda: torch._softmax_backward_data(dy, y, -1, dtype),
@@ -390,7 +390,7 @@ if __name__ == "__main__" and not INTERPRET:
     layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
     for mark in (benchmark, backward_benchmark):
         for speed in mark.run(show_plots=True, return_df=True):
-            print(tabulate(speed, "keys", **layout))
+            print(tabulate(speed.dropna(axis=1, how="all"), "keys", **layout))
             share = speed.iloc[:, 1] / speed.iloc[:, -1]
             print(f"tiles reach at least {share.min():.0%} of the limit\n")
 

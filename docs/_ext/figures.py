@@ -87,14 +87,22 @@ def message(axis):
 def sign_lesson(block, block_vars, gallery_conf):
     """A scraper that takes nothing, but signs with the lesson's ``MACHINE``, and names lines at their ends."""
     import matplotlib.pyplot as plt
+    from benchmarks import draw
 
     machine = block_vars["example_globals"].get("MACHINE")
     for number in plt.get_fignums() if machine else ():
         figure = plt.figure(number)
         for axis in figure.axes:  # perf_report has no other place for it
-            axis.set_xlabel(axis.get_xlabel().removesuffix(f"\n{machine}"))
+            label = axis.get_xlabel().removesuffix(f"\n{machine}")
+            axis.set_xlabel(draw.powers(label))
+            if axis.get_xscale() == "log":
+                axis.set_xscale("log", base=2)
+                axis.xaxis.set_major_formatter(lambda x, _: draw.size(x))
             if axis.get_legend():
                 axis.get_legend().remove()
+                for line in axis.get_lines():  # perf_report adds the unit
+                    name = line.get_label().removesuffix(f" ({axis.get_ylabel()})")
+                    line.set_label(name)
                 label_ends(axis)
                 title = axis.get_title(loc="left") or message(axis)
                 axis.set_title(title, loc="left", weight="bold")
