@@ -247,7 +247,7 @@ def scripted_naive():
 
 def speed_of(run, n_bytes):
     """GB/s of ``run()`` if it moved ``n_bytes``."""
-    milliseconds = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
+    milliseconds = triton.testing.do_bench(run, warmup=5, rep=30, return_mode="median")
     return n_bytes / milliseconds / 1e6
 
 

@@ -395,7 +395,7 @@ LINES = {"both": both, "bare": bare, "custom_op": custom, "F.dropout": torch_dro
 
 @triton.testing.perf_report(
     triton.testing.Benchmark(
-        x_names=["n_elements"], x_vals=[2**i for i in range(10, 28)], x_log=True, y_log=True,
+        x_names=["n_elements"], x_vals=[2**i for i in range(10, 29, 2)], x_log=True, y_log=True,
         line_arg="line", line_vals=[*LINES, "GPU"], line_names=[*LINES, "the GPU alone"],
         styles=[("#d55e00", "-"), ("#d55e00", ":"), ("#cc79a7", "-"), ("#0072b2", "-"),
                 ("#555555", "--")],

@@ -337,7 +337,7 @@ def figures(plot_name, lines):
     return [
         triton.testing.Benchmark(
             x_names=["n_cols"], x_log=True,
-            x_vals=[256, 384, 512, 1000, 1024, 2048, 4096, 5000, 8192, 12160, 12161, 16384],
+            x_vals=[256, 512, 1000, 1024, 2048, 4096, 5000, 8192, 12160, 12161, 16384],
             line_arg="line", line_vals=list(lines), line_names=list(lines),
             styles=[tuple(style.split()) for style in lines.values()],
             xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}", ylabel="GB/s",
