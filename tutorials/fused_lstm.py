@@ -4,10 +4,11 @@
 A fused LSTM: the step as one kernel
 ====================================
 
-You write the step of an LSTM as one kernel, with recurrent dropout inside. The mask on the state
-belongs inside the time loop, and cuDNN, NVIDIA's library behind ``torch.nn.LSTM``, has no place for
-it. So recurrent dropout sends Keras, and everybody else, back to a loop of small operators. Here
-you keep the loop, but with two launches a step, forward and backward, and see what holds it up.
+You write the step of an LSTM as one kernel, with recurrent dropout inside. It masks the *state*,
+which each step hands to the next, so the mask belongs inside the loop over time. cuDNN, NVIDIA's
+library behind ``torch.nn.LSTM``, has no place for it there, so Keras and others fall back on a loop
+of small operators. Here you keep the loop, but with two launches a step in each direction, and you
+measure what slows it down.
 
 You will learn
 
@@ -55,23 +56,25 @@ if __name__ == "__main__":
 # The masks of Keras
 # ------------------
 #
-# An LSTM computes four gates from the input :math:`x_t` and its own last output :math:`h_{t-1}`:
+# At step t, an LSTM computes four *gates* from the input :math:`x_t` and the state :math:`h_{t-1}`,
+# its output one step before. With them it updates its memory, the *cell* :math:`c_t`. Each gate, c
+# and h have one number for each of H *units*:
 #
 # .. math::
 #
 #    i, f, g, o = \sigma, \sigma, \tanh, \sigma \;\text{of}\; W x_t + U h_{t-1} + b, \qquad
 #    c_t = f \cdot c_{t-1} + i \cdot g, \qquad h_t = o \cdot \tanh c_t
 #
-# Keras's LSTM takes two rates. ``dropout`` masks the input, ``recurrent_dropout`` the state. Both
-# masks are drawn once a call and hold for all steps, as Gal and Ghahramani derived it, and what is
-# kept is scaled by 1 / (1 - p). ``implementation`` says who shares them:
+# Keras's LSTM takes two rates: ``dropout`` for the input, ``recurrent_dropout`` for the state. Both
+# masks are drawn once a call and used in all steps, as Gal and Ghahramani derived. What is kept is
+# scaled by 1 / (1 - p). ``implementation`` says whether the gates share a mask:
 #
-# - **1**: each gate has a mask of its own, in the order i, f, g, o. (Keras calls g c.)
+# - **1**: each gate has a mask of its own, in the order i, f, g, o. (Keras's name for g is c.)
 # - **2** and **0**: the four gates share one.
 #
 # (Today's Keras takes implementation 1 whenever ``recurrent_dropout`` is above 0. Here you choose.)
 #
-# This is the loop, as one would write it. Masks have shape (G, batch, units), and G is 4 or 1.
+# This is the plain loop. The state's masks have shape (G, batch, units), with G = 4 or 1 masks.
 
 import gc
 
@@ -100,40 +103,42 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # How fast could it be?
 # ---------------------
 #
-# Step t needs the output of step t - 1, so the loop over time stays. What each step must do is one
-# product of the masked state, batch × H, with U, H × 4H, and some arithmetic on batch × H numbers.
-# Everything that does not depend on the step before can leave the loop: the products with the
-# inputs become one large product before it, and the gradients of both weights become large
-# products after it. What is left:
+# Step t needs the output of step t - 1, so the loop over time stays. Each step must multiply the
+# masked state (batch × H) by U (H × 4H), and do some arithmetic on batch × H numbers. Everything
+# that does not depend on the step before can leave the loop: the products with the inputs become
+# one large product before it, and the gradients of both weights become large products after it. Two
+# things are left:
 #
 # .. image:: /_static/fused_lstm.svg
 #    :alt: A chain of steps. In each, a matrix product with U, then one kernel with gates, cell and mask, whose masked output enters the product of the next step.
 #
-# That is two launches a step, where the plain loop has a dozen, and as many in the backward pass.
-# The product is PyTorch's. The other launch is ours.
+# That is two launches a step, where the plain loop has a dozen, and two in the backward pass. The
+# product is PyTorch's, and the other launch is ours.
 #
 # One kernel for a step
 # ---------------------
 #
-# This is what the kernel of a step reads and writes:
+# This is what the kernel of a step reads and writes. A gate's *argument* is the sum inside its σ or
+# tanh:
 #
 # .. image:: /_static/lstm_buffers.svg
 #    :alt: Step t reads row t of c and the gates' arguments. It writes row t + 1 of h and c, the gates' values in the place of their arguments, and the masked state, which the product with U adds to the arguments of step t + 1.
 #
-# Each program takes one sequence and a block of units. It reads what the product left, applies the
-# gates, and writes c, h and, for the next product, the *masked* h, once for each mask. It also leaves
-# the gates' values where it found their arguments, because the backward pass needs them.
+# Each program takes one sequence and a block of units. It reads the gates' arguments, computes the
+# gates, and writes c, h and, for the next product, the *masked* h, once for each mask. It stores
+# the gates' values in place of their arguments, because the backward pass needs them.
 #
-# The mask is drawn, not read: **the state of unit u in sequence b is kept for gate k when word k
-# of Philox, with the seed as key and the counter b · 2³² + u, is at least p · 2³², rounded.** Four
-# gates, four words. With one shared mask it is word 0. Every step draws the same words again,
-# which takes arithmetic, and no memory.
+# The kernel draws the mask instead of reading it: **the state of unit u in sequence b is kept for
+# gate k when word k of Philox, with the seed as key and the counter b · 2³² + u, is at least p ·
+# 2³², rounded.** Philox returns four words, one for each gate. A shared mask uses word 0. Every
+# step draws the same words again, which costs arithmetic but no memory.
 #
-# Sequences may differ in length: from a sequence's end on, everything that is read counts as 0.
+# Sequences may differ in length: after the end of a sequence, the kernel takes 0 for all that it
+# reads.
 #
-# ``tl.static_range`` is a loop that the compiler writes out, so that it knows k. For an integer
-# argument that is 1 or a multiple of 16, Triton compiles a kernel of its own; ``do_not_specialize``
-# forbids that for the step.
+# The compiler unrolls a loop over ``tl.static_range``, so it knows k. Triton compiles a separate
+# kernel for integer arguments that are 1 or multiples of 16; ``do_not_specialize`` prevents that
+# for t.
 
 
 @triton.jit
@@ -151,7 +156,7 @@ def tanh(x):
 
 @triton.jit(do_not_specialize=["t"])
 def step_kernel(
-    gates_ptr,  # (T, B, 4, H): their arguments, replaced by their values
+    gates_ptr,  # (T, B, 4, H): the gates' arguments, replaced by their values
     h_ptr, c_ptr,  # (T + 1, B, H): row t is the state before step t
     masked_ptr,  # (G, B, H): the input of the next product
     lengths_ptr,
@@ -191,17 +196,17 @@ def step_kernel(
 
 
 # %%
-# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. c is float32
-# even when all else is bfloat16, because it sums over all steps. (The hyperbolic tangent is written
-# out, because Triton's interpreter has none. Made from a sigmoid it would lose its digits near 0.)
+# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. The cell
+# is float32 even when all else is bfloat16, because it adds up over all steps. (``tanh`` is written
+# out because Triton's interpreter has none. Computed from a sigmoid, it would lose digits near 0.)
 #
 # The backward pass of a step
 # ---------------------------
 #
-# Run the loop from the end. The gradient of h has two parts: from the output, and from the next
-# step's product, which arrives once for each mask and goes through that mask again. From there it
-# is the chain rule through the formulas above. The kernel leaves the gradients of the gates'
-# arguments, from which one product makes those of the masked state, and so on to the first step.
+# Run the loop from the end. The gradient of h has two parts. One comes from the output. The other
+# comes from the next step's product, once for each mask, and is multiplied by that mask. The rest
+# is the chain rule through the formulas above. The kernel stores the gradients of the gates'
+# arguments. Multiplied by U, they give the gradient of the masked state for the step before.
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -254,9 +259,9 @@ def step_backward_kernel(
 # The same mask, outside the loop
 # -------------------------------
 #
-# Outside the loop the masks are needed, too: for the inputs before the first product, for the first
-# state, and for all states in the gradient of U. One small kernel multiplies (G, T, B, units) by a
-# mask (G, 1, B, units). G copies of one tensor come as an ``expand``, with a stride of 0.
+# You also need the masks outside the loop: for the inputs, for the first state, and for all states
+# in the gradient of U. One small kernel multiplies a tensor (G, T, B, units) by a mask (G, 1, B,
+# units). To mask one tensor in G ways, ``expand`` it: that gives a stride of 0 and copies nothing.
 
 
 @triton.jit
@@ -304,8 +309,8 @@ def launch_gate_dropout(x, p, seed):
 # The loop
 # --------
 #
-# Now run all steps. U comes as (G, 4H/G, H): as four matrices for four masked states, or as one.
-# The product is a batched one, added in place to what the inputs gave.
+# Now run all steps. U has shape (G, 4H/G, H): one matrix for each masked state. ``baddbmm_``
+# multiplies all of them and adds the products, in place, to the inputs' products.
 
 
 def launch_steps(from_input, weight, h0, c0, lengths, p, seed):
@@ -328,8 +333,8 @@ def launch_steps(from_input, weight, h0, c0, lengths, p, seed):
 
 
 # %%
-# Back through the steps. The gradient of U is one product over all steps, after the loop. The masked
-# states for it are not kept, but masked again.
+# Now go back through the steps. The gradient of U is one product over all steps, after the loop. It
+# needs the masked states. They were not kept, so h is masked again.
 
 
 def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, p, seed):
@@ -359,8 +364,8 @@ def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, p, seed):
 # Is it right?
 # ------------
 #
-# Give the plain loop the same masks, which are what ``launch_gate_dropout`` makes of ones, and compare
-# outputs and gradients in float64. With the identity in the place of W, the gradient of the loop's
+# Give the plain loop the same masks, by applying ``launch_gate_dropout`` to ones, and compare
+# outputs and gradients in float64. With the identity in place of W, the gradient of the loop's
 # input is that of the gates' arguments.
 
 if __name__ == "__main__":
@@ -395,16 +400,16 @@ if __name__ == "__main__":
 # What holds it up?
 # -----------------
 #
-# Every launch costs the CPU time, whatever the GPU has to do. If the GPU finishes a step before
-# the CPU has launched the next, it waits. A *CUDA graph* shows for how long: you *capture* the
+# Every launch takes CPU time, however little the GPU has to do. If the GPU finishes a step before
+# the CPU has launched the next, the GPU waits. A *CUDA graph* shows for how long: you *capture* the
 # launches once, and one call then replays all of them without Python. We time the forward pass of
-# 70 steps, batch 80, 400 inputs. The limit is the matrix products alone.
+# 70 steps, batch 80, 400 inputs. The matrix products alone are the limit.
 
 
 def replay_of(run):
     """A call that replays what ``run`` launches."""
     run()
-    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
+    gc.collect()  # freeing an earlier graph during a capture would spoil it
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -451,24 +456,25 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"and captured takes {ours / products:.2f} times as long as the products")
 
 # %%
-# Where a dotted line is flat, it shows the CPU's time. Fewer launches a step have made the loop faster,
-# but called from Python, the launches still take most of the time. A graph is one way out, though it
-# takes inputs of one shape only. The other is to launch once for all steps: :ref:`sequence lstm`.
+# Where a dotted line is flat, it shows the CPU's time. Fewer launches a step make the loop faster,
+# but when Python calls it, launching still takes most of the time there. A graph is one way out,
+# but it takes inputs of one shape only. Another is to launch once for all steps: :ref:`sequence
+# lstm`.
 #
 # Exercises
 # ---------
 #
-# 1. Draw the recurrent mask anew at each step. Which number has to enter the counter, and which
-#    other kernel must draw it likewise?
-# 2. Build in Semeniuta's dropout, which multiplies g alone, anew at each step. A few lines of
-#    either kernel change.
+# 1. Draw the recurrent mask anew at each step. Which number must enter the counter, and where else
+#    must the same mask be drawn?
+# 2. Build in Semeniuta's dropout, which masks g alone, with a new mask at each step. A few lines of
+#    both kernels change.
 #
 # .. note::
 #    Try it first.
 #
 #    1. The number of the step that reads the state: step t masks what step t + 1 multiplies. The
-#       backward kernel has to draw the same, and so has the gradient of U, which masks all states
-#       at once: for it, take all steps for one step with T times the sequences.
+#       backward kernel must draw the same mask, and so must the gradient of U. There all states are
+#       masked at once, so treat the T steps as one step with T times the sequences.
 #
 #       .. code-block:: diff
 #
@@ -481,10 +487,9 @@ if __name__ == "__main__" and not INTERPRET:
 #          +    states = h[:-1].view(1, 1, -1, n_units).expand(G, -1, -1, -1)
 #          +    masked = launch_gate_dropout(states, p, seed)[:, 0]
 #
-#    2. Where g is used, it is masked, in the forward kernel once, in the backward kernel twice;
-#       where h was masked, it no longer is. With implementation 2, ``recurrent_dropout`` is now
-#       Semeniuta's rate, and the mask is drawn at each step. Outside the loop, the state is dropped
-#       at a rate of 0.
+#    2. Mask g wherever it is used: once in the forward kernel, twice in the backward kernel. Do not
+#       mask h any more. With implementation 2, ``recurrent_dropout`` is now Semeniuta's rate.
+#       Outside the loop, the state is masked at a rate of 0.
 #
 #       .. code-block:: diff
 #

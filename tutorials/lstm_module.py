@@ -5,12 +5,12 @@ An LSTM module with recurrent dropout
 =====================================
 
 You make a module with Keras's recurrent dropout that takes the place of ``torch.nn.LSTM``. It takes
-padded and packed batches, runs under ``torch.compile`` and in a CUDA graph, and is compared with
+padded and packed batches, and runs under ``torch.compile`` and in a CUDA graph. You compare it with
 cuDNN's LSTM, which has no dropout on its state.
 
 You will learn
 
-- what a module needs besides its kernels: seeds, lengths, and units that fill up;
+- what a module needs besides its kernels: seeds, lengths, and added units;
 - why every replay of a CUDA graph still draws new masks;
 - how to compare two modules under the same conditions.
 
@@ -493,17 +493,18 @@ class LSTMSequence(torch.autograd.Function):
 #    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. A seed enters the dropout; another seed and the lengths enter the steps.
 #
 # - **Seeds.** Each call in training draws two, on the GPU, with PyTorch's generator. So
-#   ``torch.manual_seed`` governs them, and ``checkpoint`` replays them.
-# - **Lengths.** In a padded batch each sequence has its own end, which the kernels know. What stands
-#   behind it must not count, even if it is NaN. A packed sequence is padded, and packed again.
-# - **Units that fill up.** The kernels take multiples of 128 units. The module adds units whose
-#   weights are 0, and which stay at 0, and removes them from the results.
+#   ``torch.manual_seed`` determines them, and ``checkpoint`` draws the same again.
+# - **Lengths.** In a padded batch each sequence has its own length, which the kernels read. What
+#   comes after its end must not count, even if it is NaN. A packed sequence is padded first, and
+#   its output is packed again.
+# - **Added units.** The kernels take multiples of 128 units. The module adds units whose weights
+#   are 0, so that they stay at 0, and removes them from the results.
 #
 # As a public function
 # --------------------
 #
-# The module takes its parameters and results from ``torch.nn.LSTM``, so that a state dict goes from
-# one to the other, and the rates from Keras.
+# The module has the parameters and results of ``torch.nn.LSTM``, so a state dict fits both. The
+# rates are Keras's.
 
 import gc
 import numbers
@@ -551,10 +552,10 @@ class LSTM(torch.nn.Module):
     def forward(self, input, hx=None, lengths=None):
         """All outputs, and the state (h_n, c_n) at each sequence's end.
 
-        ``input`` is a tensor, (time, batch, input_size), or a PackedSequence, of the weights'
-        dtype, float16 to float64; ``hx`` the first h and c, (1, batch, hidden_size), or None
-        for zeros; ``lengths``, on the CPU, those of a padded batch, whose output after each
-        end is 0. The backward pass reads the outputs: don't change them in place.
+        ``input`` is a tensor (time, batch, input_size) or a PackedSequence, in the weights'
+        dtype, float16 to float64. ``hx`` is the first h and c, each (1, batch, hidden_size);
+        None means zeros. ``lengths`` is for a padded batch, and is on the CPU. Outputs after
+        a sequence's end are 0. The backward pass reads the outputs: don't change them in place.
         """
         packed = isinstance(input, PackedSequence)
         if packed and lengths is not None:
@@ -629,7 +630,7 @@ class LSTM(torch.nn.Module):
             seeds = torch.randint(2**62, (2,), device=x.device)
             rates = self.dropout, self.recurrent_dropout
         G = 4 if self.implementation == 1 else 1
-        # Add units that stay 0, as blocks_for wants them: one block in the interpreter.
+        # Add units that stay 0, up to a multiple of 128 (interpreter: a power of two).
         H = self.hidden_size
         extra = max(16, 1 << (H - 1).bit_length()) - H if INTERPRET else -H % 128
         weight_ih, weight_hh = self.weight_ih_l0.view(4, H, -1), self.weight_hh_l0
@@ -664,7 +665,7 @@ class LSTM(torch.nn.Module):
 # ------------
 #
 # With nothing dropped the module must agree with ``torch.nn.LSTM``, all gradients included. In a
-# padded batch each sequence, also of length 0, must come out as it would alone.
+# padded batch each sequence, even one of length 0, must give what it gives alone.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -690,9 +691,9 @@ if __name__ == "__main__":
 # ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module, which
 # then takes inputs of the captured shape only. Each replay overwrites the output of the one before.
 #
-# A replay has the arguments of the captured launches. If the seed were one, each replay would draw
-# the same masks. But our kernels *load* it from memory. The launch that draws a new one is part of
-# the graph, and PyTorch moves its generator on with every replay:
+# A replay repeats the launches with their captured arguments. If the seed were one of these, each
+# replay would draw the same masks. But our kernels *load* the seed from memory. The launch that
+# draws a new seed is part of the graph, and PyTorch advances its generator with every replay:
 
 if __name__ == "__main__" and not INTERPRET:
     graphed = LSTM(4, 7, recurrent_dropout=0.3).to(DEVICE)
@@ -708,11 +709,12 @@ if __name__ == "__main__" and not INTERPRET:
 # How fast is it?
 # ---------------
 #
-# Take the size of AWD-LSTM's layers: 70 steps, batch 80, 400 inputs, about 1150 units; and long
-# sequences: 1024 steps, batch 16. We time forward and backward together, of implementation 2. cuDNN's
-# LSTM drops nothing of its state. Both are captured in the same way (solid), and also called as usual
-# (dotted). Dashed are the matrix products alone, step by step, captured. In float32, cuDNN's LSTM uses
-# TF32 unless told not to, and ours if PyTorch's products are told to; here all do.
+# We take the size of AWD-LSTM's layers (70 steps, batch 80, 400 inputs, about 1150 units), and long
+# sequences (1024 steps, batch 16). We time both passes together, with implementation 2. cuDNN's
+# LSTM drops nothing of its state. Both modules are captured in the same way (solid), and also
+# called as usual (dotted). The dashed line is the matrix products alone, step by step, captured. In
+# float32, cuDNN's LSTM uses TF32, shorter inputs for products, by default. Ours uses it if
+# PyTorch's products do. Here all of them do.
 
 
 def products_of(n_units, like, n_steps, batch):  # of a forward and a backward pass
@@ -751,7 +753,7 @@ def benchmark(line, n_units, n_steps, batch, dtype, implementation=2):
     ours = LSTM(400, n_units, **rates, implementation=implementation)
     module = (ours if "dropout" in line else torch.nn.LSTM(400, n_units)).to(**like)
     x = torch.randn(n_steps, batch, 400, **like, requires_grad=True)
-    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
+    gc.collect()  # freeing an earlier graph during a capture would spoil it
     if "captured" in line:
         torch.cuda.make_graphed_callables(module, (torch.randn_like(x).requires_grad_(),))
     inputs, gradient = [x, *module.parameters()], torch.randn_like(module(x)[0])
@@ -772,18 +774,18 @@ if __name__ == "__main__" and not INTERPRET:
     print(f"implementation 1 takes {one / two:.2f} times as long as 2, at 1152 units")
 
 # %%
-# Below 1, ours with recurrent dropout is faster than the other without. Captured, the GPU alone
-# decides. On an H100 ours is then faster at 256 and 512 units, and with TF32 or with 1024 steps up
-# to 1152 units as well. With 80 sequences of bfloat16, cuDNN is faster from 1024 units on, but for
-# 1150, where cuDNN is slow. There the bytes decide: in the backward pass each program reads the
-# gradients of all four gates of all units, and the cache delivers no more. Called, the CPU's time
-# counts as well. The two lines of a call are level up to 1024 units, since a call does more than
-# launch once in each direction. They show which program is bound by the CPU, and not which kernel
-# is better.
+# Where a ratio is below 1, our LSTM, with recurrent dropout, is faster than cuDNN's without. If
+# both are captured, only the GPU's time counts. On an H100 ours is then faster at 256 and 512
+# units, and with TF32 or with 1024 steps also up to 1152 units. With 80 sequences in bfloat16,
+# cuDNN is faster from 1024 units on, except at 1150, where cuDNN is slow. At these sizes the bytes
+# decide: in the backward pass each program reads the gradients of all four gates of all units, and
+# L2 delivers no more. If both are called, the CPU's time counts as well. The dotted lines are flat
+# up to 1024 units, since a call does more than launch once in each direction. There they show what
+# the CPU does, and not which kernel is better.
 #
-# Implementation 1 multiplies each of its four masked states with the columns of all gates, four times
-# what it needs. FlashRNN has persistent LSTMs in CUDA, without recurrent dropout. Its authors' own
-# figure, published and not measured here, has cuDNN ahead at 768 units.
+# Implementation 1 multiplies each of its four masked states by the columns of all gates, four times
+# the work that it needs. FlashRNN has persistent LSTMs in CUDA, without recurrent dropout. In its
+# authors' published figure, not measured here, cuDNN is faster at 768 units.
 #
 # Exercises
 # ---------
@@ -794,7 +796,8 @@ if __name__ == "__main__" and not INTERPRET:
 # .. note::
 #    Try it first.
 #
-#    1. Reverse each sequence within its own length. The same index brings the outputs back into order.
+#    1. Reverse each sequence within its own length. The same index restores the order of the
+#       outputs.
 #
 #       .. code-block:: python
 #

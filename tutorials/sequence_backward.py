@@ -5,7 +5,8 @@ Back through the whole sequence
 ===============================
 
 You run the backward pass of an LSTM in one launch, too, from the last step to the first. Gradients
-travel from program to program as the state did, but there are four times as many of them.
+travel from program to program as the state did, but there are four numbers for each unit instead of
+one.
 
 You will learn
 
@@ -327,8 +328,9 @@ def plain_loop(from_input, weight, h, c, masks):
 # -----------------
 #
 # The forward pass kept h, c and the values of the gates i, f, g, o of each step. Write
-# :math:`\delta_t` for the gradients of the gates' arguments at step t, four numbers a unit. By the
-# chain rule, with the mask :math:`m` on the state and :math:`y_t` for the output at step t:
+# :math:`\delta_t` for the gradients of the gates' arguments (the sums inside σ and tanh) at step t,
+# four numbers a unit, and dh for the gradient of h. With the mask :math:`m` on the state, and the
+# output :math:`y_t` at step t, the chain rule gives:
 #
 # .. math::
 #
@@ -346,10 +348,11 @@ def plain_loop(from_input, weight, h, c, masks):
 # .. image:: /_static/sequence_backward.svg
 #    :alt: A program reads row t + 1 of delta from L2, four numbers for each unit, multiplies with its columns of U, and writes its own units of row t. The gradient of c stays in its registers.
 #
-# All the rest leaves the loop. The gradient of U is the sum over all steps of :math:`\delta_{t+1}` times
-# the masked :math:`h_t`, so it becomes one large product after the loop. The gradient of what the
-# inputs gave is :math:`\delta` itself. So the kernel keeps :math:`\delta` of all steps, each in a row of
-# its own. One more row, of zeros, stands for the step after the last.
+# All the rest leaves the loop. The gradient of U is the sum over all steps of :math:`\delta_{t+1}`
+# times the masked :math:`h_t`, so it becomes one large product after the loop. The gradient of
+# ``from_input``, the inputs' share of the arguments, is :math:`\delta` itself. So the kernel keeps
+# :math:`\delta` of all steps, each in its own row. One more row, of zeros, stands for the step
+# after the last.
 #
 # Predict it first
 # ----------------
@@ -362,17 +365,17 @@ def plain_loop(from_input, weight, h, c, masks):
 # The kernel
 # ----------
 #
-# The kernel is built like the forward kernel: what waits for nobody is loaded before ``wait``. This
-# time the others read all that a step stores, so nothing stands behind ``arrive``.
+# The kernel is built like the forward kernel: before ``wait`` it loads what depends on no other
+# program. This time the others read all that a step stores, so no store comes after ``arrive``.
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
 def sequence_backward_kernel(
     d_gates_ptr,  # (T + 1, B, 4, H): the gradients of the gates' arguments; row T is 0
-    d_cell_ptr,  # (B, H): the gradient of c at the beginning
+    d_cell_ptr,  # (B, H): the gradient of c before the first step
     dh_ptr, dc_ptr,  # (T + 1, B, H): gradients of the outputs
     gates_ptr, c_ptr,
-    weight_ptr,  # (H, 4, H): transposed, for each unit of the state its column of U
+    weight_ptr,  # (H, 4, H): U transposed, so row u is the column of unit u
     lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr,
     arrived_ptr, rows, first_block,
     G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr,
@@ -438,8 +441,8 @@ def sequence_backward_kernel(
 # The launch
 # ----------
 #
-# U is transposed once, so that a program finds each of its columns in one piece. After the launch come
-# the gradients of U and of the first state.
+# U is transposed once, so that each of its columns lies in one piece. After the launch, products
+# give the gradients of U and of the first state. The block sizes were measured, as before.
 
 BACKWARD_TILES = [
     (16, 2, 32, 4, 4),
@@ -502,8 +505,9 @@ if __name__ == "__main__":
 # Was the prediction right?
 # -------------------------
 #
-# Time a step of either pass, with 70 steps and a batch of 80, captured in a CUDA graph. The backward
-# pass includes the large product for the gradient of U, and so do the products alone.
+# Time a step of either pass, with 70 steps and a batch of 80, captured in a CUDA graph. The
+# backward pass includes the large product for the gradient of U, and so does the line of the
+# products alone.
 
 LINES = {
     "backward": ("#d55e00", "-"),
@@ -536,7 +540,7 @@ def benchmark(n_units, line):
         lambda: (*(linear(d[:80], U.T) for _ in range(70)), d.T @ h[1:].flatten(0, 1)),
     ), strict=True))[line]  # fmt: skip
     run()
-    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
+    gc.collect()  # freeing an earlier graph during a capture would spoil it
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -550,20 +554,21 @@ if __name__ == "__main__" and not INTERPRET:
         print(f" {backward / products:.2f} times the products alone")
 
 # %%
-# The printed ratio is what you predicted: more than 1, since more numbers are read, but below 224 / 104,
-# since the rest of a step costs what it did before. With many units the dotted line comes close to the
-# solid one: there the time goes into reading, and not into waiting.
+# Compare your prediction with the first printed ratio. It is more than 1, since more numbers are
+# read, but below 224 / 104, since the rest of a step costs the same as before. With many units the
+# dotted line comes close to the solid one: the time goes into reading, not into waiting.
 #
-# Could it read less? A program that kept its columns of U on the chip would read nothing but
-# :math:`\delta`. Persistent kernels in CUDA do that (see the references). A Triton kernel can't say what
-# stays in registers from one step to the next.
+# Could the kernel read less? A program that kept its columns of U on the chip would read only
+# :math:`\delta`. Persistent kernels in CUDA do that (see the references). A Triton kernel can't say
+# what stays in registers from one step to the next.
 #
 # As a public function
 # --------------------
 #
-# A ``Function`` gives both launches to autograd, and operators give them to ``torch.compile``; see
-# :ref:`operators`. Second derivatives and forward mode are errors. :ref:`lstm module` adds what a
-# module needs, checks its arguments, and compares it with cuDNN's LSTM.
+# A ``Function`` makes both launches known to autograd, and custom operators make them known to
+# ``torch.compile``; see :ref:`operators`. Second derivatives and forward mode raise errors.
+# :ref:`lstm module` adds what a module needs, checks its arguments, and compares it with cuDNN's
+# LSTM.
 
 lstm_sequence_op = torch.library.custom_op(
     "fast_and_right::lstm_sequence", launch_sequence, mutates_args=()
@@ -626,8 +631,8 @@ class LSTMSequence(torch.autograd.Function):
 # Exercises
 # ---------
 #
-# 1. The forward kernel uses two buffers in turn. Would one be enough? And why does the backward kernel
-#    need none?
+# 1. The forward kernel uses two buffers in turn for the masked state. Would one be enough? And why
+#    does the backward kernel need none?
 # 2. The gradient of U needs the masked states of all steps. Where do they come from, and what would
 #    it cost to keep them?
 #
@@ -635,9 +640,9 @@ class LSTMSequence(torch.autograd.Function):
 #    Try it first.
 #
 #    1. No. A fast program could finish its step while a slower one still reads, and would overwrite
-#       what that one is reading. With two buffers, it overwrites what was read one step earlier, and
-#       whoever has arrived since then has finished reading that. The backward kernel writes a new row
-#       of :math:`\delta` in each step.
+#       what that one is reading. With two buffers, it overwrites what was read one step earlier.
+#       All programs have arrived since then, so they have finished reading that. The backward
+#       kernel writes a new row of :math:`\delta` in each step.
 #    2. ``launch_gate_dropout`` masks h again, with the same seed. If the forward pass kept the masked
 #       states, they would take G times the memory of h until the backward pass. Drawn again, they
 #       exist only while the product runs.

@@ -5,12 +5,12 @@ The whole sequence in one launch
 ================================
 
 You run all steps of an LSTM in one launch, with recurrent dropout inside. The programs stay on the
-GPU from the first step to the last, hand each other the state through the cache, and wait for each
-other after each step. Python launches once, so no step waits for it.
+GPU from the first step to the last, hand each other the state through L2, the cache that all share,
+and wait for each other after each step. Python launches only once, so no step waits for Python.
 
 You will learn
 
-- how programs of one launch hand each other data, with a barrier that never hangs;
+- how programs of one launch exchange data, and wait for each other at a barrier that never hangs;
 - how to predict the time of a step from its parts, and how to measure each part alone;
 - why the order of loads, stores and waiting matters.
 
@@ -134,23 +134,22 @@ def launch_gate_dropout(x, p, seed):
 # Programs that stay
 # ------------------
 #
-# In :ref:`fused lstm`, each step was two launches: a product, and a kernel. Now a program takes some
-# sequences and some units, and keeps them for all steps. Their cell c and their masks stay in its
-# registers.
+# In :ref:`fused lstm`, each step was two launches: a product, and a kernel. Now each program takes
+# some sequences and some units, for all steps, and keeps their cells c and masks in its registers.
 #
 # Only h has to travel. The product for one unit needs the masked state of *all* units of a
 # sequence, and other programs have computed most of those. So each program writes its part of the
-# masked state, and in the next step reads all parts. They travel through L2, the cache that all
-# multiprocessors share.
+# masked state, and in the next step reads all parts. The parts travel through L2.
 #
 # .. image:: /_static/lstm_sequence.svg
 #    :alt: Three programs, each with its units and its columns of U. In each step a program reads the masked state of all units from L2, multiplies, and writes its own part of the next state. A counter in L2 is the barrier: each program adds 1 when its part is written, and waits until all have.
 #
-# Between writing and reading stands a *barrier*. A program that has written its part adds 1 to a
-# counter: it *arrives*. Before it reads, it waits until all programs have arrived. There are two
-# buffers for the masked state, one for even and one for odd steps, so that nobody overwrites what
-# another program is still reading. Programs with different sequences need nothing from each other, so
-# each block of sequences has a counter of its own.
+# Between writing and reading comes a *barrier*, which no program passes until all have reached it.
+# A program that has written its part adds 1 to a counter: it *arrives*. Before it reads, it *waits*
+# until the counter shows that all programs have arrived. There are two buffers for the masked
+# state, one for even and one for odd steps, so that no program overwrites what another is still
+# reading. Programs with different sequences need nothing from each other, so each block of
+# sequences has a counter of its own.
 
 
 @triton.jit
@@ -162,36 +161,40 @@ def arrive(arrived_ptr):
 
 @triton.jit
 def wait(arrived_ptr, n_arrivals):
-    """Wait for the others: from then on, what they stored before is seen."""
+    """Wait for the others to arrive; then this program sees what they stored."""
     while tl.atomic_add(arrived_ptr, 0, sem="acquire") < n_arrivals:
         pass
 
 
 # %%
-# ``release`` and ``acquire`` belong together. If one program adds with ``release``, and another finds the
-# new count with ``acquire``, then the second also finds everything that the first stored before.
+# ``release`` and ``acquire`` belong together. If one program adds with ``release``, and another
+# reads the new count with ``acquire``, then the second also sees everything that the first stored
+# before.
 #
-# Can this hang? Yes, if a program waits for one that can't start, because those that wait fill the
-# GPU. So all programs of a launch must be on the GPU at the same time. ``launch_cooperative_grid``
-# promises that: the GPU starts all of them, or refuses the launch with an error. (In Triton's
-# interpreter one program takes all units, and waits for nobody.)
+# Can this hang? Yes, if the waiting programs fill the GPU, and the one that they wait for can't
+# start. So all programs of a launch must be on the GPU at the same time. A *cooperative launch*
+# guarantees that: the GPU starts all of them, or refuses with an error. The option is
+# ``launch_cooperative_grid``. (In Triton's interpreter one program takes all units, and waits for
+# no other.)
 #
 # What does a step cost?
 # ----------------------
 #
-# For a program with R sequences and N units, three things come one after the other:
+# For a program with R sequences and N units, a step has three parts, one after the other:
 #
-# - the *barrier*: an addition has to reach L2, and a look at the counter has to come back;
-# - the *bytes*: it reads R × H numbers of the state and 4N × H numbers of U. U is read again in each
-#   step, since Triton keeps no block of that size in registers from one step to the next;
-# - the *product*: R × H × 4N multiplications, on tensor cores.
+# - the *barrier*: an addition has to reach L2, and the counter's value has to come back;
+# - the *bytes*: the program reads R × H numbers of the state and 4N × H numbers of U. U is read
+#   again in each step, since Triton keeps no block of that size in registers from one step to the
+#   next;
+# - the *product*: R × H × 4N multiplications, on tensor cores, the GPU's circuits for products.
 #
 # For example, with 1024 units and 80 sequences, there are 2 × 64 programs of 40 sequences and 16
 # units. Together they read 128 × (40 + 64) × 1024, or 13.6 million numbers a step, though U has
 # only 4.2 million. Larger blocks would read less, but then fewer multiprocessors would have work.
 #
-# Everything else should happen while a program waits anyway. So the kernel loads what came from the
-# input *before* it waits, and it arrives *before* it stores what only the backward pass will read.
+# Everything else should happen while the programs wait for each other. So the kernel loads what
+# came from the input *before* it waits, and it arrives *before* it stores what only the backward
+# pass will read.
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
@@ -218,7 +221,7 @@ def sequence_kernel(
     if c.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
 
-    # The four columns of U of each unit stand side by side, so that one product does all gates.
+    # Each unit's four columns of U are neighbours, so that one product does all gates.
     k = tl.arange(0, K)
     column = tl.arange(0, 4 * UNITS)[None, :]
     owner = tl.program_id(1) * UNITS + column // 4
@@ -237,11 +240,11 @@ def sequence_kernel(
         for part in tl.static_range(G):
             part_ptr = x_ptr + (t % 2 * G + part) * plane
             for first in range(0, n_units, K):
-                # .cg: from L2, since L1 does not notice what other programs write
+                # .cg: from L2; a multiprocessor's own cache, L1, misses others' writes
                 x = tl.load(part_ptr + first, exists, 0.0, cache_modifier=".cg")
                 if G == 1:
                     u = tl.load(u_ptr + first)
-                else:  # 0 in the place of the other gates' columns
+                else:  # 0 in place of the other gates' columns
                     u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
                 product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
         even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2)))
@@ -272,11 +275,13 @@ def sequence_kernel(
 # The launch
 # ----------
 #
-# The sizes of blocks were found by measuring. The first ones with which all programs fit on the GPU are
-# taken. If even with the last ones there are too many sequences, they go into several launches. Units
-# come in multiples of 128, filled up with units that stay 0, so no load of a unit needs a mask.
+# The block sizes in ``TILES`` were found by measuring. ``blocks_for`` takes the first with which
+# all programs fit on the GPU. If there are too many sequences even for the last, they go into
+# several launches. Units come in multiples of 128, with added units that stay 0, so no load needs a
+# mask on units.
 
-# At most so many sequences in a program; programs on a multiprocessor; units, warps, stages.
+# Sequences a program at most, programs a multiprocessor, units a program, and the options
+# num_warps and num_stages (how far a loop loads ahead).
 TILES = [
     (16, 2, 16, 4, 3),
     (64, 1, 16, 8, 3),
@@ -287,7 +292,7 @@ TILES = [
 
 
 def blocks_for(tiles, n_sequences, n_units, device):
-    """Sequences and units of a program, blocks of sequences, how many fit at once, options."""
+    """Sequences and units a program, number of blocks, how many fit at once, options."""
     if INTERPRET:  # one program
         return 16, n_units, triton.cdiv(n_sequences, 16), 1, {}
     processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -312,7 +317,7 @@ def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "tf32" if tf32 and h.dtype == torch.float32 else "ieee"
     arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
-    # The interpreter's tl.dot takes bfloat16 for integers.
+    # The interpreter's tl.dot mistakes bfloat16 for integers.
     widen = INTERPRET and h.dtype == torch.bfloat16
     work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
@@ -330,7 +335,7 @@ def launch_sequence(from_input, weight, h0, c0, lengths, p, seed, early=0):
     n_steps, n_sequences, _, n_units = from_input.shape
     G, n_real = len(weight), h0.shape[1]
     gates = from_input.clone(memory_format=torch.contiguous_format)
-    gates[..., n_real:] = 0  # units that fill up a row; an infinite input made them NaN
+    gates[..., n_real:] = 0  # the added units: an infinite input made them NaN
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
     h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
@@ -345,8 +350,8 @@ def launch_sequence(from_input, weight, h0, c0, lengths, p, seed, early=0):
 # Is it right?
 # ------------
 #
-# Compare with the plain loop, in float64. 35 sequences make more than one block. And run it twice: if
-# the barrier failed now and then, some bits would change.
+# Compare with the plain loop, in float64. 35 sequences make more than one block. Then run it again:
+# if the barrier failed now and then, some bits would change.
 
 
 def plain_loop(from_input, weight, h, c, masks):
@@ -379,9 +384,9 @@ if __name__ == "__main__":
 # Each part alone
 # ---------------
 #
-# Now measure what you predicted, per step, with everything captured in a CUDA graph. The barrier alone
-# is a kernel that does nothing else. To measure all but the waiting, let the counter start at a
-# billion, so that nobody ever waits. (The results are wrong, of course.) The product alone is
+# Now measure these parts, per step, with everything captured in a CUDA graph. For the barrier
+# alone, a kernel does nothing else. For everything but the waiting, the counter starts at a billion
+# (``early``), so no program ever waits. (The results are wrong, of course.) The product alone is
 # PyTorch's. cuDNN runs the same steps without recurrent dropout; it gets only 8 inputs, so that its
 # product with W hardly counts.
 
@@ -428,7 +433,7 @@ def benchmark(n_units, line):
         lambda: [linear(state, U) for _ in range(70)], lambda: lstm(inputs),
     ), strict=True))[line]  # fmt: skip
     run()
-    gc.collect()  # to free an earlier graph in the middle of a capture would spoil it
+    gc.collect()  # freeing an earlier graph during a capture would spoil it
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -444,14 +449,14 @@ if __name__ == "__main__" and not INTERPRET:
         print(f" are {n_bytes / busy / 1e6:.1f} TB/s if nobody waits")
 
 # %%
-# The barrier takes longer the more programs meet, but not by much. With few units it is a large part
-# of a step. With many units the bytes count: they grow with the square of the units. Add the barrier
-# to the dotted line, and you are near the solid one. What is missing is mostly the time until the
-# first numbers of the state arrive, which nobody can load before the barrier.
+# With more programs the barrier takes longer, but not by much. With few units it is a large part of
+# a step. With many units the bytes count: they grow with the square of the units. Add the barrier
+# to the dotted line, and you are near the solid one. The rest is mostly the time until the first
+# numbers of the state arrive, which no program can load before the barrier.
 #
-# Then compare the whole with the product alone. A launch of its own costs time even in a graph, about
-# as much as a barrier, and the whole does without. The backward pass is the same loop from the end:
-# :ref:`sequence backward`.
+# Then compare the whole sequence with the products alone, one launch a step. Even in a graph a
+# launch takes time, about as much as a barrier, and the whole sequence needs only one. The backward
+# pass is the same loop from the end: :ref:`sequence backward`.
 #
 # Exercises
 # ---------
@@ -464,8 +469,8 @@ if __name__ == "__main__" and not INTERPRET:
 # .. note::
 #    Try it first.
 #
-#    1. A program has to keep its old h, too. It draws anew at each step, so the step enters the
-#       counter. What enters the product is no longer masked.
+#    1. A program has to keep its old h, too. It draws new words at each step, so the step enters
+#       the counter. The state that enters the product is no longer masked.
 #
 #       .. code-block:: diff
 #
@@ -489,15 +494,16 @@ if __name__ == "__main__" and not INTERPRET:
 #          -    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
 #          +    masked[0] = h[0]
 #
-#    2. The results stay the same, and each step takes longer. The other programs wait for what
-#       stands before ``arrive``, and loads that stand behind ``wait`` begin only when it ends. Both
-#       lie on the way from one step to the next; moved out, they overlap with the waiting.
+#    2. The results stay the same, and each step takes longer. The other programs wait for
+#       everything before ``arrive``, and loads after ``wait`` begin only when it ends. Both add to
+#       the time from one step to the next. In the lesson's order, these loads and stores overlap
+#       with the waiting.
 #
 # References
 # ----------
 #
-# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_,
-#   2016: how cuDNN's got fast.
+# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on
+#   GPUs <https://arxiv.org/abs/1604.01946>`_, 2016: how cuDNN's LSTM became fast.
 # - G. Diamos et al., `Persistent RNNs: stashing recurrent weights on-chip <https://proceedings.mlr.press/v48/diamos16.html>`_,
 #   2016.
 # - D. Krueger et al., `Zoneout: regularizing RNNs by randomly preserving hidden activations <https://arxiv.org/abs/1606.01305>`_,
