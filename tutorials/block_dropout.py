@@ -5,10 +5,10 @@ One mask on any number of GPUs
 ==============================
 
 Train the same model on one GPU and on four, and ordinary dropout gives you two different runs. Each
-GPU draws from a generator of its own, so the mask depends on how the tensor was divided, and with it
-every loss. Then a run can't be repeated on another machine, and you can't tell whether a difference
-comes from a bug or from another mask. In this lesson each GPU draws its part of *one* mask, bit for
-bit, without asking the others.
+GPU draws from a generator of its own, so the mask, and with it every loss, depends on how the
+tensor was divided. Then you can't repeat a run on another machine, and you can't tell whether a
+difference comes from a bug or from another mask. In this lesson each GPU draws exactly its part of
+*one* mask, without asking the others.
 
 You will learn
 
@@ -55,19 +55,19 @@ if __name__ == "__main__":
 # The problem
 # -----------
 #
-# A large model is divided among GPUs. Each of them, called a *rank*, holds a block of a tensor and
-# computes with it. How does it draw the dropout mask of its block? Three ways are in use, and the
-# fourth is the one that you will build.
+# A large model is divided among GPUs. Each GPU, called a *rank*, holds a block of a tensor and
+# computes with it. How does it draw the dropout mask of its block? Three ways are in use, and you
+# will build the fourth.
 #
 # - Every rank has the same seed. Then all ranks draw the same numbers, so the blocks' masks are
 #   copies of each other.
-# - Every rank has a seed of its own. Megatron-LM takes the seed plus 2718 plus the rank. These
-#   masks behave as if they were independent, but if the tensor is divided in another way, the masks
-#   change.
+# - Every rank has a seed of its own. Megatron-LM, a library for large language models, takes the
+#   seed plus 2718 plus the rank. These masks behave as if they were independent, but if the tensor
+#   is divided in another way, the masks change.
 # - PyTorch's ``DTensor``, a tensor that is divided among ranks, lets each rank begin at another
-#   place of one stream of random numbers. These masks, too, depend on how the tensor is divided (an
+#   point of one stream of random numbers. These masks, too, depend on how the tensor is divided (an
 #   open issue, see the references).
-# - The mask is a function of the seed and of the element's place in the whole tensor.
+# - The mask is a function of the seed and of each element's *place* in the whole tensor.
 
 
 def generator_mask(seed, width):
@@ -75,10 +75,11 @@ def generator_mask(seed, width):
 
 
 # %%
-# The last way needs random numbers that have no state, and :ref:`seeded dropout` has them.
-# **Element i of the whole tensor, in row-major order, is kept when word i mod 4 of Philox, with the
-# seed as key and the counter ⌊i / 4⌋, is at least p · 2³², rounded.** This definition does not
-# mention ranks. A rank only has to know i for each of its elements.
+# The function above draws the masks of the first two ways. The last way needs a generator without a
+# state, and :ref:`seeded dropout` has one. **Element i of the whole tensor, in row-major order, is
+# kept when word i mod 4 of Philox, with the seed as key and the counter ⌊i / 4⌋, is at least
+# p · 2³², rounded.** This definition does not mention ranks. A rank only has to know the place i of
+# each of its elements.
 #
 # .. image:: /_static/sharded_places.svg
 #    :alt: A matrix of 4 by 8 elements, numbered row by row from 0 to 31. One rank holds columns 4 to 7 of rows 0 and 1: places 4 to 7 and 12 to 15. Each group of four places shares one call of Philox.
@@ -88,15 +89,17 @@ def generator_mask(seed, width):
 #
 # A block is a range of each dimension of the tensor: it begins at ``offsets`` and has the shape of
 # ``x``. Its *rows* are the runs of neighbours in the last dimension. Within a row the places count
-# up one by one, so only the first place of each row has to be computed. That takes a division for
-# each dimension between the last and the first, and none for the elements. (Places and addresses
-# need 64 bits, and a GPU needs many instructions to divide numbers of 64 bits.)
+# up one by one, so only the first place of each row has to be computed. That takes one division per
+# row for each dimension between the first and the last, and none for the elements. (Places and
+# addresses have 64 bits, and a GPU needs many instructions for such a division.)
 #
-# Four places share a call of Philox. A thread loads 16 bytes at a time, which are ``GROUP``
-# neighbours: eight of bfloat16, and they take two calls. If a row begins in the middle of four
-# places, so do its groups, and each takes one call more. The thread notes in the bits of an integer
-# which words keep their element, and shifts out those of places before its own. If the launch finds
-# that all rows begin at a multiple of four, ``ALIGNED`` leaves out the call and the shift.
+# Four places share a call of Philox. A thread loads 16 bytes at a time, a group of ``GROUP``
+# neighbours: in bfloat16 there are eight, which take two calls. If a row begins in the middle of
+# four places, so do its groups, and each takes one call more. The thread sets a bit of an integer
+# for each word that keeps its element, and shifts out the bits of places before the group.
+# ``tl.interleave`` then gives each element a copy whose lowest bit is its own. If the launch finds
+# that all rows begin at a multiple of four, it sets ``ALIGNED``, and the kernel leaves out the last
+# call and the shift.
 
 
 @triton.jit
@@ -120,7 +123,7 @@ def block_dropout_kernel(
         place += coordinate * places[d]
         address += coordinate * strides[d]
 
-    # A bit for each word. Each element takes its own.
+    # One bit for each word, of which each element takes its own.
     groups = tl.arange(0, COLS // GROUP)[None, :]
     counters = (place + first_col) // 4 + groups * (GROUP // 4)
     bits = tl.zeros((ROWS, COLS // GROUP), tl.int32)
@@ -144,17 +147,17 @@ def block_dropout_kernel(
 
 
 # %%
-# (In ``(place + first_col) // 4`` the division rounds down to the group of ``place``, because
-# ``first_col`` is a multiple of 4.)
+# (``(place + first_col) // 4`` is ``place // 4 + first_col // 4``, because ``first_col`` is a
+# multiple of 4. So the shift by ``place % 4`` suits all groups of a row.)
 #
 # The launch lists the dimensions. For each it notes the size in the block, the distance between
-# neighbours in the whole tensor, and their distance in memory. If a dimension continues another one
+# neighbours in the whole tensor, and their distance in memory. If one dimension continues another
 # without a gap, both in the whole tensor and in memory, the two are joined. So a block of whole
-# rows of a matrix becomes a single long row, whose elements need no division.
+# rows of a matrix becomes a single long row, and no division is needed.
 
 
 def block_dimensions(x, shape):
-    """Size, distance in the whole tensor and distance in memory of each dimension, last first."""
+    """Size, distance in the whole tensor and in memory of each dimension, from last to first."""
     dimensions, place = [], 1
     whole_sizes = zip(x.shape[::-1], x.stride()[::-1], shape[::-1], strict=True)
     for size, stride, whole in whole_sizes:
@@ -205,7 +208,7 @@ def launch_block_dropout(
 # -----------------
 #
 # Here are three of the four ways, for a matrix of 16 x 32 whose columns are divided among 1, 2 and
-# 4 ranks. The seed is 7, and one process plays the ranks in turn. (The next lesson tries
+# 4 ranks. The seed is 7, and one process draws for each rank in turn. (The next lesson tries
 # ``DTensor``.)
 
 
@@ -249,9 +252,10 @@ if __name__ == "__main__":
 # Is it right?
 # ------------
 #
-# We cut blocks at odd places out of a tensor of three dimensions. Each has to equal the same piece
-# of the whole result, element for element. Then comes a block of a tensor of 2^45 elements, which
-# fits on no GPU. The right half of this block, drawn alone, has to be the same again.
+# Only the last way draws the same mask for all numbers of ranks. Now we cut blocks at awkward
+# places out of a tensor of three dimensions. Each has to equal the same piece of the whole result,
+# element for element. Then comes a block of a tensor of 2^45 elements, which fits on no GPU. The
+# right half of this block, drawn alone, has to be the same again.
 
 if __name__ == "__main__":
     shape = [6, 7, 13]
@@ -277,10 +281,10 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# The kernel moves as many bytes as a copy, and draws as many words as the one for a whole tensor.
-# So it should be as fast as that of :ref:`seeded dropout`. We measure blocks of 8192 columns, as
-# one rank of eight would hold them: an eighth of the rows of a matrix, which are one run of places,
-# and an eighth of the columns.
+# The kernel moves as many bytes as a copy, and draws as many words as that of
+# :ref:`seeded dropout`, so it should be as fast. We measure blocks of 8192 columns, as one rank of
+# eight would hold them: an eighth of the rows of a matrix, whose places have no gaps, and an eighth
+# of the columns.
 
 
 @triton.testing.perf_report(
@@ -318,9 +322,8 @@ def benchmark(n_elements, dtype, block):
 
 
 # %%
-# The odd columns are of a matrix with 65537 columns. They begin in the middle of a group of four
-# places, and not at the same place of the group in each row, because 65537 is not a multiple of
-# four.
+# The odd columns are those of a matrix with 65537 columns. Their rows can begin at any of the four
+# places that share a call, because 65537 is not a multiple of four.
 
 if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate
@@ -333,11 +336,12 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"Of the copy's speed, in the last line: {shares} for the three blocks.\n")
 
 # %%
-# On an H100, rows and columns are about as fast as the copy in both dtypes. Odd columns cost more:
-# eight elements of bfloat16 take three calls of Philox instead of two, and four elements of float32
-# take two instead of one. In bfloat16 they are still faster than ``F.dropout``. On the left, the
-# lines of our kernel are low and jump from size to size. This launch does more in Python than those
-# of other lessons, and the CPU does not always stay ahead of the GPU.
+# On an H100, rows and columns are about as fast as the copy in both dtypes. Odd columns need more
+# arithmetic: eight elements of bfloat16 take three calls of Philox instead of two, and four
+# elements of float32 take two instead of one. That shows most in bfloat16, where they are still
+# faster than ``F.dropout``. On the left, the lines of our kernel are low and jump from size to
+# size, because its launch does more in Python than those of other lessons, and the CPU does not
+# always stay ahead of the GPU.
 #
 # As a public function
 # --------------------
@@ -407,7 +411,7 @@ def block_dropout(x, p, seed, shape, offsets):
     Raises
     ------
     TypeError, ValueError
-        If an argument has another type or range, or the block sticks out of the shape.
+        If an argument has another type or range, or the block does not lie in the shape.
     """
     if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
@@ -468,9 +472,9 @@ def block_dropout(x, p, seed, shape, offsets):
 #          -    x: torch.Tensor, p: float, seed: int, shape: list[int], offsets: list[int]
 #          +    x: torch.Tensor, p: float, seed: torch.Tensor, shape: list[int], offsets: list[int]
 #
-#    2. The column takes ``GROUP`` times as many: eight times in bfloat16, four times in float32. In a
-#       row that many neighbours share their calls. In a column every element has a row of its own,
-#       so it makes all the calls of a group, and uses one word of them.
+#    2. The column takes ``GROUP`` times as many: eight times in bfloat16, four times in float32. In
+#       a row, ``GROUP`` neighbours share their calls. In a column, every element has a row of its
+#       own, so it makes all the calls of a group, and uses only one word of them.
 #    3. Each of 2^64 counters gives four words, which makes 2^66 places, and 2^66 / 2^45 = 2^21,
 #       about two million tensors.
 #

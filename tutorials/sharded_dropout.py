@@ -4,15 +4,15 @@
 Dropout on real ranks
 =====================
 
-A model that is divided among GPUs can draw the same dropout masks on one of them, on two and on four.
-In this lesson you write dropout for ``DTensor``, PyTorch's tensor that is divided among *ranks*, the
-processes that train together. They need no communication for it. Then you train a small model on
-four processes, stop it, and resume it on two.
+A model that is divided among GPUs can draw the same dropout masks on one of them, on two and on
+four. In this lesson you write dropout for ``DTensor``, PyTorch's tensor that is divided among
+*ranks*, the processes that train together. The ranks don't communicate for it. Then you train a
+small model on four processes, stop it, and resume it on two.
 
 You will learn
 
 - how a ``DTensor`` says which block of the whole tensor a rank holds;
-- how two layers are divided by columns and by rows, and where their dropout stands;
+- how two layers are divided by columns and by rows, and where dropout goes;
 - how to compare a run on four ranks with a run on one.
 
 Needs: PyTorch, and :ref:`block dropout`.
@@ -80,7 +80,7 @@ def block_dropout_kernel(
         place += coordinate * places[d]
         address += coordinate * strides[d]
 
-    # A bit for each word. Each element takes its own.
+    # One bit for each word, of which each element takes its own.
     groups = tl.arange(0, COLS // GROUP)[None, :]
     counters = (place + first_col) // 4 + groups * (GROUP // 4)
     bits = tl.zeros((ROWS, COLS // GROUP), tl.int32)
@@ -104,7 +104,7 @@ def block_dropout_kernel(
 
 
 def block_dimensions(x, shape):
-    """Size, distance in the whole tensor and distance in memory of each dimension, last first."""
+    """Size, distance in the whole tensor and in memory of each dimension, from last to first."""
     dimensions, place = [], 1
     whole_sizes = zip(x.shape[::-1], x.stride()[::-1], shape[::-1], strict=True)
     for size, stride, whole in whole_sizes:
@@ -165,17 +165,17 @@ class BlockDropout(torch.autograd.Function):
 # From placements to a block
 # --------------------------
 #
-# The ranks of a ``DTensor`` form a *mesh*, and each rank has a coordinate along each dimension of
-# the mesh. For each of these dimensions there is a *placement*. ``Shard(d)`` divides dimension d of
-# the tensor among the ranks along it, ``Replicate()`` gives all of them the same, and ``Partial()``
-# says that they hold summands that have not been added yet.
+# The ranks of a ``DTensor`` form a *mesh*, a grid in which each rank has a coordinate along each
+# dimension. For each dimension of the mesh there is a *placement*. ``Shard(d)`` divides dimension d
+# of the tensor among the ranks along that dimension of the mesh, ``Replicate()`` gives each of them
+# all of it, and ``Partial()`` says that they hold summands that have not been added yet.
 #
-# So a rank can compute its block alone: it begins with the whole tensor and cuts off what others
-# hold, once for each ``Shard``. The shards are as large as those of ``torch.chunk``, so the last
-# ones may be smaller, or empty. There is one special case. FSDP, which divides the weights among
-# ranks to save memory, can divide a dimension that is divided already. Its placement comes first in
-# the list, but has to be applied last. PyTorch marks it by a ``split_factor``, which says into how
-# many parts the others divide.
+# So a rank can compute alone which block it holds: it begins with the whole tensor and cuts off
+# what others hold, once for each ``Shard``. The shards are as large as those of ``torch.chunk``, so
+# the last ones may be smaller, or empty. There is one special case. FSDP, PyTorch's way to divide
+# the weights among ranks to save memory, can divide a dimension that is divided already. Its
+# placement comes first in the list, but has to be applied last. PyTorch gives this placement a
+# ``split_factor``, the number of parts that the others make.
 
 import functools
 import math
@@ -210,9 +210,9 @@ def block_of(shape, mesh_shape, coordinates, placements):
 # As a public function
 # --------------------
 #
-# Each rank drops its block alone, and needs nothing from the others. If several ranks hold the same
-# block, they draw the same mask, so the copies stay equal. Only ``Partial`` is refused: its
-# summands have to be added first.
+# Each rank applies dropout to its own block, and needs nothing from the others. If several ranks
+# hold the same block, they draw the same mask, so the copies stay equal. Only ``Partial`` is
+# refused: its summands have to be added first.
 
 
 def sharded_dropout(x, p, seed):
@@ -262,10 +262,10 @@ def sharded_dropout(x, p, seed):
 # One process plays all ranks
 # ---------------------------
 #
-# As nothing is communicated, one process can play the ranks in turn. PyTorch has a fake process
-# group for that, which does nothing when it is asked to send. Below, the columns of a matrix are
-# divided among 1, 2 and 4 ranks, which all have the same seed. First PyTorch's own dropout draws
-# the masks of the ``DTensor``, then ours. Is the joined mask that of one rank?
+# As nothing is communicated, one process can do the work of each rank in turn. PyTorch has a fake
+# process group for that, which sends nothing. Below, the columns of a matrix are divided among 1, 2
+# and 4 ranks, which all have the same seed. First PyTorch's own dropout draws the masks of the
+# ``DTensor``, then ours. Is the joined mask the same as on one rank?
 
 if __name__ == "__main__":
     import warnings
@@ -305,12 +305,12 @@ if __name__ == "__main__":
 # On real ranks
 # -------------
 #
-# Now we use real processes. The worker below trains two layers that are divided as Megatron divides
-# them. The first is divided by columns, so that each rank has some of the hidden units and drops
-# among them. The second is divided by rows, so its results are sums over the ranks, and adding them
-# up is the only communication. A second dropout acts on the sums, which every rank holds as a
-# whole. At its end the worker saves the weights, and the next run goes on from them, on any number
-# of ranks.
+# Now we use real processes. The worker below trains two layers that are divided as in Megatron-LM.
+# The first is divided by columns, so each rank has some of the hidden units, and applies dropout to
+# them. The second is divided by rows, so its results are sums over the ranks, and adding them up is
+# the only communication of the forward pass. A second dropout acts on the sums, which every rank
+# holds as a whole. At the end the worker saves the weights, and the next run starts from them, on
+# any number of ranks.
 #
 # .. image:: /_static/sharded_layers.svg
 #    :alt: Two ranks side by side. Each has all of x, some columns of the first weight, some hidden units with their part of one mask, and some rows of the second weight. The results are summed over the ranks, the only communication; then both draw the same mask.
@@ -356,9 +356,9 @@ dist.destroy_process_group()
 """
 
 # %%
-# ``torchrun`` starts the worker once for each rank. The new processes know nothing of this one, so
-# they import the functions from a file. If there are four GPUs or more, each rank has one;
-# otherwise the ranks compute on the CPU, with Triton's interpreter.
+# ``torchrun`` (``torch.distributed.run``) starts the worker once for each rank. The new processes
+# know nothing of this one, so they import the functions from a file. If there are four GPUs or
+# more, each rank has one; otherwise the ranks compute on the CPU, with Triton's interpreter.
 
 
 def functions_as_a_module(device):
@@ -368,7 +368,7 @@ def functions_as_a_module(device):
 
     cell = "".join(
         inspect.findsource(BlockDropout.forward)[0]
-    )  # of the file, or the cell
+    )  # the source of the file, or of the notebook's cell
     flags = re.MULTILINE | re.DOTALL
     autograd = re.search(r"^class BlockDropout.*?(?=^\S|\Z)", cell, flags)[0]
     functions = block_dropout_kernel.fn, block_dimensions, launch_block_dropout
@@ -381,7 +381,7 @@ def functions_as_a_module(device):
 
 
 def train_on(n_ranks, first_step, last_step, folder, before="", after="state.pt"):
-    """Run the worker on so many ranks; the losses that it prints."""
+    """Run the worker on ``n_ranks`` ranks, and return the losses that it prints."""
     import subprocess
     from pathlib import Path
 
@@ -411,9 +411,9 @@ if __name__ == "__main__":
 
 # %%
 # The losses agree to all the digits that are printed. They need not agree to the last bit, because
-# each rank adds up its part of ``hidden @ down`` before the parts are added, which is another order
-# than on one rank. The masks do agree to the last bit. So if the losses differ by more than
-# rounding, there is a bug, and you can look for it.
+# each rank adds up its part of ``hidden @ down`` before the parts are added, and one rank adds in
+# another order. The masks do agree to the last bit. So if the losses differ by more than rounding,
+# there is a bug, and you can look for it.
 #
 # Sixteen thousand ranks
 # ----------------------
@@ -447,15 +447,16 @@ if __name__ == "__main__":
 # ---------
 #
 # 1. Two ranks that were given different seeds draw parts of two masks, and there is no error.
-#    Write the check that notices. Why is it not part of ``sharded_dropout``?
+#    Write a check that notices this. Why is it not part of ``sharded_dropout``?
 # 2. Change the worker so that the samples are divided among the ranks as well, on a mesh of two
 #    dimensions. Which lines don't have to change?
 #
 # .. note::
 #    Try it first.
 #
-#    1. The largest and the smallest seed of all ranks must be the same. It takes a collective call,
-#       for which every rank waits; do it once, before training, rather than in each layer.
+#    1. The largest and the smallest seed of all ranks must be the same. Comparing them takes a
+#       collective call, for which every rank waits, so do it once, before training, rather than in
+#       each layer.
 #
 #       .. code-block:: python
 #

@@ -4,14 +4,14 @@
 Softmax of rows that no program can hold
 ========================================
 
-You write a softmax for rows of any width, and each row comes from memory only once. A row of more
-than 64 KiB does not fit into the registers of one program, so many programs share it: each takes a
-slice, and they tell each other what they found.
+You write a softmax for rows of any width, and each row comes from memory only once. A row of much
+more than 64 KiB does not fit into the registers of one program, so several programs share it: each
+takes a slice, and writes down what the others need to know.
 
 You will learn
 
 - how the maximum and the sum of a row are put together from those of its slices;
-- how to read data twice and pay for it once, with the help of the GPU's cache;
+- how to read data twice but fetch it from memory once, thanks to the GPU's cache;
 - how programs can wait for each other, and why they never wait for ever.
 
 Needs: PyTorch, :ref:`fused softmax`, and :ref:`softmax tiles`.
@@ -53,8 +53,8 @@ if __name__ == "__main__":
 # Two numbers for each slice
 # --------------------------
 #
-# Softmax needs the maximum and the sum of the whole row, but a program knows only its own slice.
-# It finds :math:`m_i`, the largest of its elements, and :math:`s_i`, the sum of their
+# Softmax needs the maximum and the sum of the whole row, but a program knows only its own slice. It
+# finds :math:`m_i`, the largest element of slice i, and :math:`s_i`, the slice's sum of
 # :math:`e^{x - m_i}`. That is enough. Once the row's maximum :math:`m` is known, a factor of
 # :math:`e^{m_i - m}` turns :math:`s_i` into the sum of :math:`e^{x - m}` (Milakov and Gimelshein,
 # 2018):
@@ -63,7 +63,7 @@ if __name__ == "__main__":
 #
 # So there are two steps: read all slices of a row to find :math:`m` and :math:`s`, then read them
 # again and write :math:`y`. For M rows with N columns that moves :math:`3MN` elements instead of
-# :math:`2MN`, which allows two thirds of a copy's speed.
+# :math:`2MN`, which allows at most two thirds of a copy's speed.
 #
 # Read it again while it is in the cache
 # --------------------------------------
@@ -73,9 +73,9 @@ if __name__ == "__main__":
 # still there, and the second read is cheap. So one launch does both steps.
 #
 # We number the slices of all rows 0, 1, 2, ... Program t reads slice t for the first time and
-# writes its two numbers to memory. Then it reads an older slice, t - ``lag``, for the second time,
-# and writes its part of :math:`y`. If ``lag`` is large enough, all slices of that row have been
-# read by then. If it is small enough, the slice is still in the cache.
+# writes its two numbers to memory. It also reads an older slice, t - ``lag``, for the second time,
+# and writes its part of :math:`y`. If ``lag`` is large enough, the whole row of the older slice has
+# been read by then. If ``lag`` is small enough, the older slice is still in the cache.
 #
 # .. image:: /_static/softmax_slices.svg
 #    :alt: A strip of slices in the order of reading. Program t reads slice t from memory and writes its two numbers. It finishes slice t minus lag, which it reads again, from the cache, with the numbers of all slices of that row. The slices in between were read once and are still in the cache.
@@ -86,18 +86,18 @@ if __name__ == "__main__":
 # Programs run side by side, so a program may need a number before another program has written it.
 # Then it has to wait. But how does it know whether the number is there? Before the launch we fill
 # ``stats``, the memory for the numbers, with a mark: all bits set, which is -1 as an integer and a
-# NaN as a floating-point number. A program loads all numbers of its row again and again, until
-# none of them is the mark. (If a result happens to be that NaN, another NaN is written in its
-# place.) Three details make that work:
+# NaN as a floating-point number. A program loads all numbers of its older slice's row again and
+# again, until none of them is the mark. (If a result happens to have these bits, a NaN with other
+# bits is written in its place.) Three details make that work:
 #
 # - A NaN is not equal to itself, so the mark has to be compared as an integer. So ``stats`` holds
-#   integers, and ``bitcast`` reads the same bits as a floating-point number, or the other way
-#   round.
+#   integers, and ``.to(..., bitcast=True)`` takes the same bits as a floating-point number, or the
+#   other way round.
 # - ``volatile`` makes the compiler load again each time instead of reusing the first value. It
 #   also skips L1, each multiprocessor's own small cache, which doesn't notice what others write.
 # - A plain ``tl.store`` writes what other programs are reading at that time. In general such a
 #   *race* is an error. Here it is safe, because the GPU writes an aligned word of 4 or 8 bytes as a
-#   whole, and each word shows by itself whether it has been written. (Newer versions of Triton have
+#   whole, and a word that is still the mark has not been written. (Newer versions of Triton have
 #   ``tl.atomic_store``.)
 #
 # Take a ticket
@@ -107,19 +107,19 @@ if __name__ == "__main__":
 # one whenever one ends, and it promises no order. If the last programs started first, they would
 # fill the GPU and wait for programs that can't start.
 #
-# So a program doesn't use its ``program_id``. It takes a *ticket* when it starts:
-# ``tl.atomic_add`` adds 1 to a counter in memory and returns what was there before, so no two
-# programs get the same number t. (By default it also keeps the loads and stores around it in order.
-# ``sem="relaxed"`` says that this is not needed.) A program waits only for slices with smaller
-# tickets, and every smaller ticket belongs to a program that has started already. Among the
-# programs that are running, the one with the smallest ticket waits for nobody. It ends, then the
-# next one can end, and so all of them do.
+# So a program doesn't use its ``program_id``. It takes a *ticket* when it starts: ``tl.atomic_add``
+# adds 1 to a counter in memory and returns what was there before, so no two programs get the same
+# number t. (By default it also keeps the loads and stores around it in order. ``sem="relaxed"``
+# says that this is not needed.) A row has at most ``lag`` slices, so a program waits only for
+# slices with smaller tickets, and every smaller ticket belongs to a program that has started
+# already. Among the programs that are running, the one with the smallest ticket waits for nobody.
+# It ends, then the next one can end, and so all of them do.
 #
 # The kernel
 # ----------
 #
-# As in :ref:`softmax tiles`, a row is taken apart into whole vectors of 16 bytes and its edges. The
-# vectors are cut into slices, and the first slice takes the edges of both ends, if there are any.
+# As in :ref:`softmax tiles`, a row consists of whole vectors of 16 bytes and of edges. The vectors
+# are cut into slices, and the first slice takes the edges at both ends, if there are any.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -135,7 +135,7 @@ def slice_at(
     t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """Places and mask of the whole vectors in a slice."""
+    """Positions and mask of a slice's whole vectors; all are masked unless it exists."""
     t = tl.maximum(t, 0)  # below 0 if there is no older slice
     whole = n_cols // VECTOR * VECTOR
     begin = t // SLICES * whole
@@ -149,7 +149,7 @@ def slice_at(
 
 @triton.jit
 def edges_at(t, exists, n_cols, SLICES: tl.constexpr, EDGES: tl.constexpr):
-    """Places and mask of the row's edges, if slice t is the first of its row."""
+    """Positions and mask of a row's edges; all are masked unless slice t is its first."""
     VECTOR: tl.constexpr = EDGES // 2
     t = tl.maximum(t, 0)
     start = t // SLICES * n_cols
@@ -163,12 +163,14 @@ def edges_at(t, exists, n_cols, SLICES: tl.constexpr, EDGES: tl.constexpr):
 
 @triton.jit
 def slice_publish(ptr, number, exists):
+    """Write a number for other programs, but never the mark."""
     word = number.to(ptr.dtype.element_ty, bitcast=True)
     tl.store(ptr, tl.where(word == NOT_YET, NOT_YET - 1, word), mask=exists)
 
 
 @triton.jit
 def slice_wait(ptr, n_words, BLOCK: tl.constexpr):
+    """Load words again and again, until all of them have been written."""
     words = tl.arange(0, BLOCK)
     mask = words < n_words
     found = tl.load(ptr + words, mask=mask, other=0, volatile=True)
@@ -183,12 +185,13 @@ def slice_softmax_kernel(
     SLICES: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
     EDGES: tl.constexpr,
 ):  # fmt: skip
-    # The counter is the first word of stats. It starts at -1, too, hence the + 1.
+    # The first word of stats is the counter, which starts at -1 like all of them, hence the + 1.
+    # The second word is not used.
     t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
     stats_ptr += 2
     u = t - lag
-    # Start all loads before using one. What is read first should stay in the cache
-    # (evict_last), and what is read for the last time, or written, may go (evict_first).
+    # Start all loads before using any. What is read for the first time should stay in the cache
+    # (evict_last), and what is read for the second time, or written, may go (evict_first).
     place, mask = slice_at(t, t < n_slices, n_cols, SLICES, BLOCK, VECTOR, EDGES)
     new = tl.load(x_ptr + place, mask, -float("inf"), eviction_policy="evict_last")
     place, mask = slice_at(u, u >= 0, n_cols, SLICES, BLOCK, VECTOR, EDGES)
@@ -203,7 +206,7 @@ def slice_softmax_kernel(
     new_max = tl.max(new, axis=0)
     if EDGES:
         new_max = tl.maximum(new_max, tl.max(new_edge, axis=0))
-    # In a slice of nothing but -inf, -inf - -inf would be NaN, but its sum is 0.
+    # If a slice holds only -inf, subtracting -inf would give NaN, but the slice's sum is 0.
     shift = tl.where(new_max == -float("inf"), 0.0, new_max)
     new_sum = tl.sum(tl.exp(new - shift), axis=0)
     if EDGES:
@@ -228,13 +231,13 @@ def slice_softmax_kernel(
 # for a later one.
 #
 # In the launch, a slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of
-# slices in a row, plus the number of slices that ``lag_bytes`` have room for. We found these sizes
-# by measuring on an H100.
+# slices in a row, plus as many slices as ``lag_bytes`` have room for. We found these sizes by
+# measuring on an H100.
 
 LAG_BYTES = 5 * 2**20
 
 
-# The threads of a warp, 64 on some of AMD's GPUs.
+# The number of threads in a warp: 32, or 64 on some of AMD's GPUs.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
@@ -250,13 +253,13 @@ def launch_slices(kernel, lag_bytes, *inputs):
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
     lag = min(SLICES + lag_bytes // (BLOCK * itemsize * len(inputs)), n_slices)
-    # 64 bytes for each thread
+    # Each thread gets 64 bytes of a slice.
     num_warps = BLOCK * itemsize // (WARP * 64)
-    # One word a thread or more: two threads that load the same word could disagree.
+    # At least one word for each thread: two loads of the same word could give different values.
     WORDS = max(triton.next_power_of_2(SLICES), WARP * num_warps)
     word = torch.int64 if itemsize == 8 else torch.int32
     stats = torch.full((2 * n_slices + 2,), -1, dtype=word, device=out.device)
-    with torch.cuda.device_of(out):  # if there are several GPUs
+    with torch.cuda.device_of(out):  # the GPU that holds the data
         kernel[(n_slices + lag,)](
             out, *inputs, stats, n_slices, lag, n_cols,
             SLICES, WORDS, BLOCK, VECTOR, EDGES, num_warps=num_warps,
@@ -320,7 +323,7 @@ def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # Is it right?
 # ------------
 #
-# 20001 columns make ten slices in the forward pass, and the last one is not full. Some slices of
+# 20001 columns make five slices in the forward pass, and the last one is not full. Some slices of
 # the first row are all ``-inf``.
 
 if __name__ == "__main__":
@@ -338,9 +341,9 @@ if __name__ == "__main__":
 # --------------------
 #
 # If the lag is short, programs often wait for numbers that are still being computed. If it is long,
-# the slice has left the cache and comes from memory again. Then :math:`3MN` elements move instead
-# of :math:`2MN`, so the count predicts two thirds of the copy's speed for the right end of this
-# figure:
+# the older slice has left the cache and comes from memory again. Then :math:`3MN` elements move
+# instead of :math:`2MN`, so the count predicts two thirds of the copy's speed for the right end of
+# this figure:
 
 
 def speed_of(run, n_bytes):
@@ -423,7 +426,7 @@ def benchmark(n_cols, dtype, line):
             "liger_kernel.ops.softmax"
         )._softmax_forward(x),
     }
-    if line.startswith(("QuACK", "Liger")):  # not installed, or it refuses the width
+    if line.startswith(("QuACK", "Liger")):  # may be missing or refuse the width
         try:
             runs[line]()
         except Exception:
@@ -441,16 +444,16 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # they stay well below the copy. On an H100 the slices come close to the copy in float32, and reach
-# nine tenths of it or more in bfloat16, which has twice the elements in the same bytes. An H200
-# computes as fast but has faster memory, and there the slices fall further behind. QuACK (see the
-# references) is faster there; its line is drawn where it is installed. It gives a row to a *cluster*
-# of programs, which exchange numbers in shared memory. It refuses odd widths, and Liger the widest
-# rows.
+# about nine tenths of it in bfloat16, which has twice the elements in the same bytes. An H200
+# computes as fast but has faster memory, and the slices fall further behind. There QuACK (see the
+# references) is faster than they are; its line is drawn where it is installed. It gives each row to
+# a *cluster* of programs, which run together and exchange numbers in shared memory. QuACK refuses
+# odd widths, and Liger the widest rows.
 #
-# 50257 columns are only a little slower than their neighbours, although rows of an odd width can
-# begin anywhere between two multiples of 16 bytes: all but the edges is moved in whole vectors. In
-# the backward pass in float32 the widest rows are slow as well. Its lag includes a whole row of both
-# inputs, which here is longer than the best lag of the figure above.
+# In the forward pass, 50257 columns are only a little slower than the widths beside them, although
+# such rows can begin anywhere between two multiples of 16 bytes: all but the edges move in whole
+# vectors. In the backward pass in float32, the widest rows are the slowest: the lag includes a
+# whole row of both inputs, which here is longer than the best lag in the figure above.
 #
 # As a public function
 # --------------------
@@ -491,7 +494,7 @@ quick_apply = super(torch.autograd.Function, SliceSoftmax).apply
 
 
 def apply(x):
-    # Function.apply looks up the arguments' names, which costs more than all the rest.
+    # Function.apply looks up the arguments' names, which costs more than the rest of the call.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return SliceSoftmax.apply(x)
     return quick_apply(x)
@@ -501,8 +504,8 @@ def slice_softmax(x):
     """Softmax over the last dimension, made for wide rows; tile_softmax is for narrow ones.
 
     ``x`` has any shape (..., columns) with up to 2^30 columns, is float16, bfloat16, float32
-    or float64, and is copied first if it is not contiguous. Reverse mode only, also twice;
-    works under ``torch.compile``. Wrong arguments raise TypeError or ValueError.
+    or float64, and is copied first if it is not contiguous. Differentiable in reverse mode
+    only, also twice; works under ``torch.compile``. Wrong arguments raise TypeError or ValueError.
     """
     if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
@@ -528,7 +531,7 @@ def slice_softmax(x):
 #
 #    1. You have lost the certainty that the kernel ends: a GPU doesn't promise to start programs in
 #       the order of their numbers, so a program may wait for one that can't start. You have gained
-#       next to no time, because taking a ticket is quick beside reading a slice.
+#       almost no time, because taking a ticket is quick compared with reading a slice.
 #
 #       .. code-block:: diff
 #
@@ -541,5 +544,5 @@ def slice_softmax(x):
 # - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_,
 #   2018.
 # - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_,
-#   2016.
+#   2016: programs that wait for each other's sums.
 # - `QuACK <https://github.com/Dao-AILab/quack>`_ by Dao-AILab.

@@ -5,9 +5,9 @@ Softmax in tiles, and its gradient
 ==================================
 
 You make the softmax of narrow rows fast by giving each program several rows, and you add the
-gradient. The kernel of :ref:`fused softmax` gives each program one row, which is too little work
-if the row is short, and it moves the elements one by one at some widths. Here you mend both, for
-rows of up to 64 KiB.
+gradient. The kernel of :ref:`fused softmax` gives each program one row, which is too little work if
+the row is short, and at some widths it moves the elements one by one. Here you mend both, for rows
+that take up to 64 KiB in float32.
 
 You will learn
 
@@ -58,18 +58,17 @@ if __name__ == "__main__":
 # time on starting and ending. So we give each program a *tile* of several rows, with about 4096
 # elements in all.
 #
-# In the kernel, ``rows`` becomes a column of row numbers and ``cols`` a row of column numbers. We
+# In the kernel, ``rows`` is a column of row numbers, and ``cols`` is a row of column numbers. We
 # multiply ``rows`` by the stride, the distance in memory from one row to the next, and add
-# ``cols``. The sum is a two-dimensional block of addresses, by the same broadcasting as in
-# PyTorch.
+# ``cols``. The sum is a two-dimensional block of addresses, by the same broadcasting as in PyTorch.
 #
 # .. image:: /_static/tile_addresses.svg
 #    :alt: A column of four row starts plus a row of column numbers gives a block of four by eight addresses, two columns of which are masked. Below, memory as a line: eight threads that read neighbouring elements need one piece of memory, eight threads that read elements far apart need eight.
 #
-# The lower half of the picture shows why ``cols`` has to run along memory. The 32 threads of a
-# warp load together, and the memory delivers pieces of 32 bytes. If neighbouring threads load
-# neighbouring elements, every byte of a piece is used: the loads are *coalesced*. If the elements
-# lie far apart, each needs a piece of its own, and most of the piece is thrown away.
+# The lower half of the picture shows why neighbours in ``cols`` should be neighbours in memory. The
+# 32 threads of a warp load together, and the memory delivers pieces of 32 bytes. If neighbouring
+# threads load neighbouring elements, every byte of a piece is used: the loads are *coalesced*. If
+# the elements lie far apart, each needs a piece of its own, most of which is thrown away.
 #
 # Why Triton has to know where rows begin
 # ---------------------------------------
@@ -78,30 +77,33 @@ if __name__ == "__main__":
 # 16. At other addresses the instruction fails, so the compiler uses it only if it is certain of the
 # address.
 #
-# Triton helps it by looking at each argument. If a tensor begins at a multiple of 16 bytes, or an
-# integer is a multiple of 16, Triton compiles a version of the kernel that relies on it. So the
-# compiler is certain where the first row begins. But where does the second row begin if there are
-# 5000 columns in bfloat16? The 10000 bytes of a row are a multiple of 16, but the integer 5000 is
-# not. So the compiler can't rely on it, and loads each element by itself.
+# Triton helps by looking at each argument. If a tensor begins at a multiple of 16 bytes, or an
+# integer is a multiple of 16, Triton compiles a version of the kernel that relies on this. So the
+# compiler is certain about the first row. But what about the second, if there are 5000 columns in
+# bfloat16? It begins 10000 bytes further on, which is a multiple of 16, but the integer 5000 is
+# not. So the compiler can't be certain, and loads each element by itself. And with 5001 columns,
+# most rows really begin between two multiples.
 #
-# And with 5001 columns most rows do begin between two such addresses.
+# So the kernel divides each row into two kinds of elements. ``VECTOR`` is the number of elements in
+# 16 bytes. The *whole vectors* of a row are its elements from the first multiple of 16 bytes up to
+# the last one. Before and behind them lie the *edges*, together fewer than ``2 * VECTOR`` elements,
+# which are loaded one by one. ``tile_at`` computes ``begin``, where the whole vectors begin, and
+# ``whole``, how many elements they have. For both it divides by ``VECTOR`` and multiplies again.
+# The compiler knows the value of ``VECTOR``, a ``tl.constexpr``, so it is certain that both are
+# multiples of it.
 #
-# So the kernel takes rows apart. ``VECTOR`` is the number of elements in 16 bytes. A row's *whole
-# vectors* are the elements from the first multiple of 16 bytes in the row up to the last one. Before
-# and behind them lie the *edges*, fewer than ``2 * VECTOR`` elements together. ``tile_at`` computes
-# where the vectors ``begin``. It divides and multiplies by ``VECTOR``, a ``tl.constexpr`` that the
-# compiler knows, so the compiler is certain that ``begin`` is a multiple of it, and ``whole``, at
-# which the mask ends, is another. The edges are loaded one by one, but they are few.
-#
-# Where all rows begin at multiples of 16 bytes there are no edges, and ``EDGES`` is 0. It is 0 also
-# for tiles of several short rows, where edges would be a large part. There ``VECTOR`` is made smaller
-# until it divides the width.
+# If all rows begin at multiples of 16 bytes, there are no edges, and ``EDGES`` is 0. It is also 0
+# for tiles of several rows, where edges would be a large part of each row. There we use a smaller
+# ``VECTOR``, which divides the width. Otherwise ``EDGES`` is the size of the block for the edges.
 #
 # The kernel
 # ----------
 #
 # The maximum and the sum run along axis 1, and ``keep_dims`` leaves a column, as ``keepdim`` does
-# in PyTorch. A function that a kernel calls is marked with ``triton.jit``, too.
+# in PyTorch. A function that a kernel calls is marked with ``triton.jit``, too. The stride is
+# ``n_cols`` in the result. In the input it can be larger, as when you cut columns off a matrix:
+# ``gap`` is the difference. The launch divides ``gap`` by ``VECTOR`` and the kernel multiplies
+# again, to show the compiler a multiple.
 
 
 @triton.jit
@@ -112,7 +114,7 @@ def to_arithmetic(x):
 
 @triton.jit
 def tile_at(rows, n_cols, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr):
-    """Places and mask of the whole vectors in each row."""
+    """Positions and mask of the elements in each row's whole vectors."""
     whole = n_cols // VECTOR * VECTOR
     begin = rows * whole
     if EDGES:
@@ -125,7 +127,7 @@ def tile_at(rows, n_cols, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.c
 
 @triton.jit
 def edges_at(row, n_cols, EDGES: tl.constexpr):
-    """Places and mask of what lies before and behind the whole vectors of a row."""
+    """Positions and mask of the elements before and behind the whole vectors of a row."""
     VECTOR: tl.constexpr = EDGES // 2
     start = row * n_cols
     head = ((VECTOR - start % VECTOR) % VECTOR).to(tl.int32)
@@ -171,14 +173,12 @@ def tile_softmax_kernel(
 # H100: larger tiles leave room for fewer programs at a time, and smaller ones spend more time on
 # starting.
 #
-# A program has at most 512 threads, although 1024 are possible. Each thread of this kernel takes more
-# than 32 of a multiprocessor's 65536 registers, so of programs with 1024 threads only one fits. Of
-# those with 512, two fit, and while one computes, the other loads.
+# A program has at most 512 threads, although 1024 are possible. A multiprocessor has 65536
+# registers, and each thread of this kernel takes more than 32, so only one program of 1024 threads
+# fits. With 512 threads two programs fit, and while one computes, the other loads.
 #
-# Softmax runs over the last dimension, and each index of the dimensions before it counts as a row.
-# If neighbours in a row are not neighbours in memory, as in a transposed matrix, we copy the input.
-# Rows of the input may lie further apart than those of the result, as when you cut columns off a
-# matrix. ``gap`` is the difference.
+# Softmax runs over the last dimension, and all dimensions before it together number the rows. If
+# neighbours in a row are not neighbours in memory, as in a transposed matrix, we copy the input.
 
 
 import math
@@ -186,17 +186,17 @@ import math
 TILE = 4096
 
 
-# The threads of a warp, 64 on some of AMD's GPUs.
+# The number of threads in a warp: 32, or 64 on some of AMD's GPUs.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
 def warps(n_bytes):
-    """As many warps as give each thread 64 bytes, from 1 warp to 512 threads."""
+    """The number of warps that gives each thread 64 bytes, from 1 warp to 512 threads."""
     return min(max(n_bytes // (WARP * 64), 1), 512 // WARP)
 
 
 def launch_tiles(kernel, tensors, n_rows, n_cols, *gap, tile=TILE, align=True):
-    """Run a kernel on tiles. ``gap``: how much further apart the input's rows are, if they may."""
+    """Run a kernel on tiles. ``gap``, if given, is the input's stride minus ``n_cols``."""
     itemsize, extra = tensors[0].element_size(), sum(gap)
     BLOCK = triton.next_power_of_2(n_cols)
     ROWS = max(tile // BLOCK, 1)
@@ -205,11 +205,11 @@ def launch_tiles(kernel, tensors, n_rows, n_cols, *gap, tile=TILE, align=True):
         EDGES = 2 * VECTOR
     else:
         VECTOR = math.gcd(n_cols, extra, VECTOR)
-    # A thread that loads 2 bytes at a time gets fewer elements.
+    # If threads load 2 bytes at a time, there are more of them, with fewer elements each.
     num_warps = warps(ROWS * BLOCK * max(itemsize, 4 // VECTOR))
     sizes = n_rows, n_cols, *(g // VECTOR for g in gap)
     grid = (triton.cdiv(n_rows, ROWS),)
-    with torch.cuda.device_of(tensors[0]):  # if there are several GPUs
+    with torch.cuda.device_of(tensors[0]):  # the GPU that holds the data
         kernel[grid](*tensors, *sizes, ROWS, BLOCK, VECTOR, EDGES, num_warps=num_warps)
 
 
@@ -218,7 +218,7 @@ def launch_tile_softmax(
 ) -> torch.Tensor:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() > 0:
-        rows = x.resolve_neg().reshape(-1, x.shape[-1])  # z.conj().imag negates when read
+        rows = x.resolve_neg().reshape(-1, x.shape[-1])  # apply a pending negation
         if rows.stride(1) != 1:
             rows = rows.contiguous()
         n_rows, n_cols = rows.shape
@@ -245,14 +245,14 @@ if __name__ == "__main__":
 # The backward pass
 # -----------------
 #
-# Call the gradient that arrives :math:`g`, with one number for each element of :math:`y`. Each
+# Autograd passes on :math:`g`, the gradient of the loss :math:`L` with respect to :math:`y`. Each
 # element of :math:`x` changes its own element of :math:`y` through the numerator, and all elements
-# of its row through the denominator. Together that makes
+# of its row through the denominator. Both together give
 #
 # .. math:: \frac{\partial L}{\partial x_j} = y_j \Bigl(g_j - \sum_k y_k g_k\Bigr)
 #
-# This needs :math:`y` but not :math:`x`, so only the output is kept for the backward pass. For M
-# rows with N columns it reads :math:`2MN` elements, :math:`y` and :math:`g`, and writes
+# This formula needs :math:`y` but not :math:`x`, so only the output is kept. For M rows with N
+# columns, the backward pass reads :math:`2MN` elements, :math:`y` and :math:`g`, and writes
 # :math:`MN`. An addition of two matrices moves as many, so we take its speed for the limit.
 
 
@@ -281,7 +281,7 @@ def tile_backward_kernel(
 def launch_tile_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if y.numel() > 0:
-        # A gradient may lie in memory in any way, for instance as an expanded number.
+        # A gradient can have any strides: those of an expanded number are 0.
         dy, y = (t.resolve_neg().contiguous() for t in (dy, y))
         n_cols = y.shape[-1]
         launch_tiles(tile_backward_kernel, (dx, dy, y), y.numel() // n_cols, n_cols)
@@ -299,8 +299,8 @@ if __name__ == "__main__":
 # -----------
 #
 # All matrices have 2^28 elements, so no launch is short. "softmax" is this kernel, and "one row a
-# program" is the same kernel without tiles and vectors, as in the first lesson. The other lines
-# are ``torch.softmax``, the five operators of the first lesson fused by ``torch.compile``, and a
+# program" is the same kernel without tiles and whole vectors, as in :ref:`fused softmax`. The other
+# lines are ``torch.softmax``, the five operators of that lesson fused by ``torch.compile``, and a
 # copy, which is the limit. The libraries Liger and QuACK have lines of their own where they are
 # installed; QuACK refuses odd widths.
 
@@ -315,7 +315,7 @@ def naive_softmax(x):
 
 
 def speed_of(run, n_bytes):
-    """GB/s of ``run()`` if it moved ``n_bytes``. ``run`` may be the arguments of ``peer``."""
+    """GB/s of ``run()`` if it moved ``n_bytes``. A tuple holds the arguments of ``peer``."""
     if isinstance(run, tuple) and not (run := peer(*run)):
         return float("nan")
     milliseconds = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
@@ -396,16 +396,16 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # In bfloat16, one row a program is slow above all at 256 columns, where several rows a program
-# help, and at 5000 and 12161, where whole vectors help. They don't close the whole distance: on an
-# H100 the tiles stay a few per cent below the copy at 5000, 12160 and 12161 columns. In float32 one
-# row a program is about as fast as the copy already, and tiles gain at these three widths only.
-# ``torch.softmax`` and ``torch.compile`` are at their best on narrow rows. On wider ones
-# ``torch.softmax`` falls behind in both dtypes, and ``torch.compile`` above all in bfloat16.
-# PyTorch's backward pass reaches no more than about half of its limit.
+# help, and at 5000 and 12161 columns, where whole vectors help. Whole vectors don't close the
+# distance to the copy: on an H100 the tiles stay a few per cent below it at 5000, 12160 and 12161
+# columns. In float32, one row a program is already about as fast as the copy, except at these three
+# widths, where tiles gain. ``torch.softmax`` and ``torch.compile`` are at their best on narrow
+# rows. On wider ones ``torch.softmax`` falls behind in both dtypes, and ``torch.compile`` above all
+# in bfloat16. PyTorch's backward pass reaches no more than about half of its limit.
 #
-# How close the widest rows come to the copy depends on the GPU. An H200 computes as fast as an
-# H100 but has faster memory, so arithmetic takes a larger share of the time. There bfloat16, which
-# has twice as many elements in the same bytes, is clearly slower than the copy at 12160 columns.
+# How close the widest rows come to the copy depends on the GPU. An H200 computes as fast as an H100
+# but has faster memory, so arithmetic takes a larger share of the time. Bfloat16 has twice as many
+# elements in the same bytes, so on an H200 it is clearly slower than the copy at 12160 columns.
 #
 # As a public function
 # --------------------
@@ -447,14 +447,14 @@ quick_apply = super(torch.autograd.Function, TileSoftmax).apply
 
 
 def apply(x):
-    # Function.apply looks up the arguments' names, which costs more than all the rest.
+    # Function.apply looks up the arguments' names, which costs more than the rest of the call.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return TileSoftmax.apply(x)
     return quick_apply(x)
 
 
 def tile_softmax(x):
-    """Softmax over the last dimension, for rows of up to 64 KiB.
+    """Softmax over the last dimension, for rows of up to 64 KiB in registers.
 
     ``x`` has any shape (..., columns) and any strides, and is on the GPU (on the CPU when
     Triton interprets). A row has at most 16384 columns in float16, bfloat16 and float32,
@@ -462,7 +462,7 @@ def tile_softmax(x):
     computed in float32 (float64 for float64). As with ``torch.softmax``, a row that holds
     a NaN or +inf, or nothing but -inf, becomes NaN.
 
-    Differentiable, also twice, in reverse mode only; works under ``torch.compile``. Another
+    Differentiable in reverse mode only, also twice; works under ``torch.compile``. Another
     dtype raises TypeError; other shapes and devices raise ValueError.
     """
     if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
@@ -491,12 +491,12 @@ if __name__ == "__main__":
 
 # %%
 # Why does it stop at 64 KiB? A row has to stay in the registers of a multiprocessor, which hold 256
-# KiB. There each 16-bit number takes 4 bytes, because we compute in float32. The computation needs
-# registers as well, and what doesn't fit spills to memory. :ref:`softmax slices` is about wider
-# rows.
+# KiB, and each 16-bit number takes 4 bytes there, because we compute in float32. The backward pass
+# holds two rows, the computation needs registers as well, and what doesn't fit spills to memory.
+# :ref:`softmax slices` is about wider rows.
 #
-# So far you saw the GPU's time. In a program of many small kernels the CPU's time for a call
-# counts as well. The last line is the launch without checks and autograd:
+# So far you saw the GPU's time. In a model with many small kernels, the CPU's time for each call
+# counts as well. The last line below is the launch without checks and autograd:
 
 if __name__ == "__main__" and not INTERPRET:
     import timeit
@@ -513,15 +513,15 @@ if __name__ == "__main__" and not INTERPRET:
 # Exercises
 # ---------
 #
-# 1. ``warps`` gives each thread 64 bytes. Try 16 and 256 bytes, and predict both figures before
-#    you look.
+# 1. ``warps`` gives each thread 64 bytes. Try 16 and 256 bytes, and predict what both figures
+#    show before you look.
 # 2. Turn the forward kernel into one for the RMS norm of rows, which divides each element by
 #    :math:`\sqrt{\tfrac{1}{n} \sum_k x_k^2 + 10^{-6}}`.
 #
 # .. note::
 #    Try it first.
 #
-#    1. With 16 bytes a program has four times the warps, but never more than 512 threads. More threads
+#    1. With 16 bytes a program has four times the warps, but at most 512 threads. More threads
 #       spend more time on combining their results. With 256 bytes a thread holds more in registers,
 #       and fewer threads load at the same time. Expect neither to come closer to the copy.
 #    2. The maximum is not needed, and the padding becomes 0, which adds nothing to the sum of
