@@ -232,11 +232,11 @@ def launch_tile_softmax(
 # ------------
 #
 # 781 columns make tiles of four rows, and four does not divide 183, so the last tile is not full.
-# The second shape has more dimensions, and the third input is transposed.
+# The second shape has three dimensions, and rows with edges. The third input is transposed.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    for x in (torch.randn(183, 781), torch.randn(2, 3, 5, 130), torch.randn(100, 33).T):
+    for x in (torch.randn(183, 781), torch.randn(2, 3, 5001), torch.randn(100, 33).T):
         y = launch_tile_softmax(x.to(DEVICE)).cpu()
         torch.testing.assert_close(y, torch.softmax(x, dim=-1), rtol=1e-5, atol=0)
         print(f"{tuple(x.shape)}: {x.numel()} elements agree with torch.softmax")
