@@ -339,8 +339,8 @@ if __name__ == "__main__" and not INTERPRET:
 # On an H100, rows and columns are about as fast as the copy in both dtypes. Odd columns need more
 # arithmetic: eight elements of bfloat16 take three calls of Philox instead of two, and four
 # elements of float32 take two instead of one. That shows most in bfloat16, where they are still
-# faster than ``F.dropout``. On the left all lines fall, because there a
-# launch takes longer than the work.
+# faster than ``F.dropout``. On the left all lines fall, because there a launch takes longer than the
+# work.
 #
 # As a public function
 # --------------------
