@@ -110,11 +110,11 @@ def test_log_softmax(solve):
     solve("fused_softmax", 1)
 
 
-def test_fewer_bytes_a_thread_are_more_warps_up_to_32():
-    from softmax_tiles import warps
+def test_fewer_bytes_a_thread_are_more_warps_up_to_512_threads():
+    from softmax_tiles import WARP, warps
 
-    assert warps(4 * 4096) * 4 == warps(4 * 4 * 4096) == 32
-    assert warps(4 * 16384) == warps(4 * 4 * 16384) == 32
+    assert warps(4 * 2048) * 4 == warps(4 * 4 * 2048) == 512 // WARP
+    assert warps(4 * 16384) == warps(4 * 4 * 16384) == 512 // WARP
 
 
 def test_rms_norm_in_tiles(changed, randn):

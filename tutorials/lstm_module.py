@@ -779,9 +779,9 @@ if __name__ == "__main__" and not INTERPRET:
 # units, and with TF32 or with 1024 steps also up to 1152 units. With 80 sequences in bfloat16,
 # cuDNN is faster from 1024 units on, except at 1150, where cuDNN is slow. At these sizes the bytes
 # decide: in the backward pass each program reads the gradients of all four gates of all units, and
-# L2 delivers no more. If both are called, the CPU's time counts as well. The dotted lines are flat
-# up to 1024 units, since a call does more than launch once in each direction. There they show what
-# the CPU does, and not which kernel is better.
+# L2 delivers no more. If both are called, the CPU's time counts as well, and cuDNN is faster only at
+# 2048 units in bfloat16 with 80 sequences. Where the dotted lines are flat, they show what the CPU
+# does, and not which kernel is better.
 #
 # Implementation 1 multiplies each of its four masked states by the columns of all gates, four times
 # the work that it needs. FlashRNN has persistent LSTMs in CUDA, without recurrent dropout. In its

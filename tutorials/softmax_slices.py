@@ -445,12 +445,12 @@ if __name__ == "__main__" and not INTERPRET:
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # they stay well below the copy. On an H100 the slices come close to the copy in float32, and reach
 # about nine tenths of it in bfloat16, which has twice the elements in the same bytes. An H200
-# computes as fast but has faster memory, and the slices fall further behind. There QuACK (see the
-# references) is faster than they are; its line is drawn where it is installed. It gives each row to
-# a *cluster* of programs, which run together and exchange numbers in shared memory. QuACK refuses
-# odd widths, and Liger the widest rows.
+# computes as fast but has faster memory, and the slices fall further behind. Forward, QuACK (see the
+# references) keeps up with the copy up to 262144 columns, also in bfloat16; its line is drawn where
+# it is installed. It gives each row to a *cluster* of programs, which run together and exchange
+# numbers in shared memory. QuACK refuses odd widths, and Liger the widest rows.
 #
-# In the forward pass, 50257 columns are only a little slower than the widths beside them, although
+# At 50257 columns both passes are less than a tenth slower than at the widths beside it, although
 # such rows can begin anywhere between two multiples of 16 bytes: all but the edges move in whole
 # vectors. In the backward pass in float32, the widest rows are the slowest: the lag includes a
 # whole row of both inputs, which here is longer than the best lag in the figure above.

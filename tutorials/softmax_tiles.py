@@ -398,8 +398,8 @@ if __name__ == "__main__" and not INTERPRET:
 # In bfloat16, one row a program is slow above all at 256 columns, where several rows a program
 # help, and at 5000 and 12161 columns, where whole vectors help. Whole vectors don't close the
 # distance to the copy: on an H100 the tiles stay a few per cent below it at 5000, 12160 and 12161
-# columns. In float32, one row a program is already about as fast as the copy, except at these three
-# widths, where tiles gain. ``torch.softmax`` and ``torch.compile`` are at their best on narrow
+# columns. In float32, one row a program is already about as fast as the copy, except at 5000 and
+# 12161 columns, where tiles gain. ``torch.softmax`` and ``torch.compile`` are at their best on narrow
 # rows. On wider ones ``torch.softmax`` falls behind in both dtypes, and ``torch.compile`` above all
 # in bfloat16. PyTorch's backward pass reaches no more than about half of its limit.
 #
