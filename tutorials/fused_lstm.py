@@ -104,10 +104,10 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # ---------------------
 #
 # Step t needs the output of step t - 1, so the loop over time stays. Each step must multiply the
-# masked state (batch × H) by U (H × 4H), and do some arithmetic on batch × H numbers. Everything
-# that does not depend on the step before can leave the loop: the products with the inputs become
-# one large product before it, and the gradients of both weights become large products after it. Two
-# things are left:
+# masked state (batch × H) by the transpose of U (H × 4H), and do some arithmetic on batch × H
+# numbers. Everything that does not depend on the step before can leave the loop: the products with
+# the inputs become one large product before it, and the gradients of both weights become large
+# products after it. Two things are left:
 #
 # .. image:: /_static/fused_lstm.svg
 #    :alt: A chain of steps. In each, a matrix product with U, then one kernel with gates, cell and mask, whose masked output enters the product of the next step.

@@ -142,7 +142,7 @@ def launch_gate_dropout(x, p, seed):
 # masked state, and in the next step reads all parts. The parts travel through L2.
 #
 # .. image:: /_static/lstm_sequence.svg
-#    :alt: Three programs, each with its units and its columns of U. In each step a program reads the masked state of all units from L2, multiplies, and writes its own part of the next state. A counter in L2 is the barrier: each program adds 1 when its part is written, and waits until all have.
+#    :alt: Three programs, each with its units and its rows of U. In each step a program reads the masked state of all units from L2, multiplies, and writes its own part of the next state. A counter in L2 is the barrier: each program adds 1 when its part is written, and waits until all have.
 #
 # Between writing and reading comes a *barrier*, which no program passes until all have reached it.
 # A program that has written its part adds 1 to a counter: it *arrives*. Before it reads, it *waits*
@@ -221,7 +221,7 @@ def sequence_kernel(
     if c.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
 
-    # Each unit's four columns of U are neighbours, so that one product does all gates.
+    # The four rows of U of a unit become neighbouring columns, so that one product does all gates.
     k = tl.arange(0, K)
     column = tl.arange(0, 4 * UNITS)[None, :]
     owner = tl.program_id(1) * UNITS + column // 4
