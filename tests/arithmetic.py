@@ -6,6 +6,7 @@ kept in ``docs/results/instructions.json``, and the page *Benchmarks* draws the 
 No GPU is needed. A loop counts once; these kernels have none but one that waits.
 """
 
+import contextlib
 import importlib
 import json
 import math
@@ -52,14 +53,22 @@ def pretend():
     def empty(*shape, **options):
         return torch.empty(*shape, **options)
 
+    @contextlib.contextmanager
+    def capture(graph):  # what is launched before does not count
+        found.clear()
+        yield
+
     properties = SimpleNamespace(multi_processor_count=132, warp_size=32)
     cpu, (backend, architecture, warp, _) = torch.device("cpu"), targets.TARGETS[TARGET]
     torch.accelerator.current_accelerator = lambda check_available=False: cpu
     torch.cpu.get_device_name = lambda device=None: TARGET
     torch.cuda.get_device_properties = lambda device=None: properties
-    torch.randn, torch.softmax = empty, lambda x, dim: torch.empty_like(x)
+    torch.randn, torch.randn_like = empty, torch.empty_like
+    torch.softmax = lambda x, dim: torch.empty_like(x)
     driver.set_active(targets.Driver((backend, architecture, warp)))
     JITFunction.run = compile_only
+    torch.cuda.CUDAGraph = lambda: SimpleNamespace(replay=lambda: None)
+    torch.cuda.graph = capture
     # As if everything took a millisecond: then GB/s say how many bytes were counted.
     triton.testing.do_bench = lambda run, **options: (run(), 1.0)[1]
     return found
