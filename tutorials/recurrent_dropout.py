@@ -490,7 +490,7 @@ if __name__ == "__main__":
 #              w0, w1, w2, w3 = tl.randint4x(tl.load(seed_ptr), i // 4)
 #              w = tl.where(i % 4 == 0, w0, tl.where(i % 4 == 1, w1, tl.where(i % 4 == 2, w2, w3)))
 #              inside = column < n_features
-#              kept = inside & (w.to(tl.int64) >= threshold)
+#              kept = column < tl.where(w.to(tl.int64) >= threshold, n_features, 0)
 #              x = tl.load(table_ptr + i * n_features + column, mask=kept, other=0.0)
 #              tl.store(y_ptr + place * n_features + column, x * scale, mask=inside)
 #
