@@ -90,7 +90,8 @@ def sparse_johnson_lindenstrauss(lesson):
     for n_vectors in (4, 100, 300):
         for x in floats(n_vectors, 5000):
             both_ways(lesson.sparse_jl(x, 1000, 7, density=1 / 3))
-            both_ways(lesson.sparse_jl(x, 1000, 7, density=1 / 200))
+    y, x, R = floats(64, 64, dtypes=[torch.float32] * 3)
+    lesson.product_kernel[(2, 1)](y, x, R, 512, 64, OUT=32, IN=64, VECTORS=32)
 
 
 def recurrent_dropout(lesson):
@@ -102,7 +103,7 @@ def recurrent_dropout(lesson):
 def very_sparse_projection(lesson):
     for n_vectors in (4, 100, 300):
         for x in floats(n_vectors, 5000):
-            both_ways(lesson.sparse_jl(x, 1000, 7, density=1 / 200))
+            both_ways(lesson.very_sparse_jl(x, 1000, 7, density=1 / 200))
 
 
 def language_model(lesson):
