@@ -164,19 +164,10 @@ def very_sparse_projection(lesson):
         )
 
 
-def fused_lstm(lesson):
-    if hasattr(lesson, "gate_dropout"):
-        x, one = normal(4, 2, 3, 16), seed()
-        calls = lesson.gate_dropout, lesson.launch_gate_dropout
-        yield "gate_dropout", x, *(lambda x, f=f: f(x, 0.5, one) for f in calls)
-    if hasattr(lesson, "LSTM"):
-        lstm = lesson.LSTM(16, 16, recurrent_dropout=0.5).cuda()
-        # It runs matrix products as well, so there is no bare launch to compare with.
-        yield "LSTM, 10 steps", normal(10, 2, 16), lstm, None
-
-
 def lstm_module(lesson):
-    yield from fused_lstm(lesson)
+    lstm = lesson.LSTM(16, 16, recurrent_dropout=0.5).cuda()
+    # It runs matrix products as well, so there is no bare launch to compare with.
+    yield "LSTM, 10 steps", normal(10, 2, 16), lstm, None
 
 
 def pytorch(lesson):

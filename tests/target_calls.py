@@ -115,8 +115,8 @@ def fused_lstm(lesson):
     for dtype in FLOATS:
         for arguments in sequences(lesson, dtype, [(3, 200)]):
             h, c, gates = lesson.launch_steps(*arguments)
-            _, weight, *_, lengths, p, seed = arguments
-            lesson.launch_steps_backward(h, c, gates, weight, h, c, lengths, p, seed)
+            _, weight, *_, lengths, masks = arguments
+            lesson.launch_steps_backward(h, c, gates, weight, h, c, lengths, masks)
 
 
 def sequences(lesson, dtype, sizes):
@@ -126,8 +126,9 @@ def sequences(lesson, dtype, sizes):
             x = torch.empty(3, n_sequences, 4, n_units, dtype=dtype)
             weight = torch.empty(G, 4 * n_units // G, n_units, dtype=dtype)
             states = torch.empty(2, n_sequences, n_units, dtype=dtype)
-            lengths = torch.full((n_sequences,), 3)
-            yield x, weight, *states, lengths, 0.5, torch.zeros(1, dtype=torch.int64)
+            wide = torch.promote_types(dtype, torch.float32)
+            masks = torch.empty(G, n_sequences, n_units, dtype=wide)
+            yield x, weight, *states, torch.full((n_sequences,), 3), masks
 
 
 # On a GPU of 100 multiprocessors, each for a block of another size.
@@ -148,9 +149,10 @@ def sequence_backward(lesson):
         for arguments in sequences(
             lesson, dtype, BLOCKS[: 1 if dtype == torch.float64 else 5]
         ):
-            h, c, gates = lesson.launch_sequence(*arguments)
-            _, weight, h0, _, lengths, p, seed = arguments
-            saved = gates, weight, h, c, lengths, h0.shape[1], p, seed
+            gates, weight, h0, _, lengths, masks = arguments
+            h = h0.expand(4, -1, -1)
+            c = h.to(masks.dtype)
+            saved = gates, weight, h, c, lengths, masks
             lesson.launch_sequence_backward(h, c, *saved)
 
 

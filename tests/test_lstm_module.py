@@ -13,10 +13,12 @@ from lstm_module import (
     DEVICE,
     LSTM,
     LSTMSequence,
-    launch_gate_dropout,
-    lstm_sequence_backward_op,
-    lstm_sequence_op,
+    launch_sequence,
+    launch_sequence_backward,
+    lstm_sequence,
+    lstm_sequence_backward,
 )
+from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -41,17 +43,15 @@ def make(
 
 def drawn_masks(lstm, n_sequences):
     """The masks that the module draws after ``torch.manual_seed(5)``, and the seed set."""
-    torch.manual_seed(5)
-    seeds = torch.randint(2**62, (2,), device=DEVICE)
-    torch.manual_seed(5)
-    G = 4 if lstm.implementation == 1 else 1
+    G, like = 4 if lstm.implementation == 1 else 1, next(lstm.parameters())
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    n_units = max(16, H) if DEVICE == "cpu" else 128
     masks = []
-    for n_units, p, seed in [
-        (F, lstm.dropout, seeds[:1]),
-        (H, lstm.recurrent_dropout, seeds[1:]),
-    ]:
-        ones = torch.ones(G, 1, n_sequences, n_units, device=DEVICE, dtype=torch.float64)
-        masks.append(launch_gate_dropout(ones, p, seed)[:, 0])
+    torch.manual_seed(5)
+    for units, n, p in [(F, F, lstm.dropout), (n_units, H, lstm.recurrent_dropout)]:
+        ones = torch.ones(G, n_sequences, units, device=DEVICE, dtype=dtype)
+        masks.append(dropout(ones, p)[..., :n].double() if p else ones[..., :n].double())
+    torch.manual_seed(5)
     return masks
 
 
@@ -313,44 +313,43 @@ def test_draws_anew_and_not_in_evaluation(randn):
 
 
 def operator_arguments(randn, G, grad=False):
-    """Of 11 units, filled up to as many as the kernels want."""
     n_units = 16 if DEVICE == "cpu" else 128
-    x = randn(3, 2, 4, n_units).double().requires_grad_(grad)
-    weight = randn(4, n_units, n_units).double()
-    weight[:, 11:] = 0
-    weight[..., 11:] = 0
-    weight = weight.view(G, -1, n_units).requires_grad_(grad)
-    states = [randn(2, 11).double().requires_grad_(grad) for _ in range(2)]
-    ends = torch.tensor([3, 1], device=DEVICE)
-    return x, weight, *states, ends, 0.3, torch.tensor([7], device=DEVICE)
+    sizes = (3, 2, 4, n_units), (G, 4 * n_units // G, n_units), (2, n_units), (2, n_units)
+    tensors = [randn(*size).double().requires_grad_(grad) for size in sizes]
+    masks = dropout(torch.ones(G, 2, n_units, device=DEVICE).double(), 0.3)
+    return *tensors, torch.tensor([3, 1], device=DEVICE), masks
 
 
 @pytest.mark.parametrize("G", [1, 4])
 def test_operators_keep_their_promises(randn, G):
     arguments = operator_arguments(randn, G)
-    torch.library.opcheck(lstm_sequence_op, arguments)
-    _, weight, *_, ends, p, seed = arguments
-    h, c, gates = lstm_sequence_op(*arguments)
-    saved = gates, weight, h, c, ends, 11, p, seed
+    torch.library.opcheck(lstm_sequence, arguments)
+    _, weight, *_, ends, masks = arguments
+    h, c, gates = lstm_sequence(*arguments)
     dh, dc = torch.randn_like(h), torch.randn_like(c)
-    torch.library.opcheck(lstm_sequence_backward_op, (dh, dc, *saved))
+    saved = gates, weight, h, c, ends, masks
+    torch.library.opcheck(lstm_sequence_backward, (dh, dc, *saved))
 
 
 @pytest.mark.parametrize("G", [1, 4])
 def test_gradcheck(randn, G):
-    """Of the units that exist: those that fill up are none of the module's results."""
-    x, weight, *states, ends, p, seed = operator_arguments(randn, G, grad=True)
-    n_units = x.shape[-1]
+    arguments = operator_arguments(randn, G, grad=True)
+    torch.autograd.gradcheck(
+        lambda *x: LSTMSequence.apply(*x)[:2], arguments, fast_mode=True
+    )
 
-    def run(x, weight, *states):
-        fill = (0, n_units - 11)
-        x = torch.nn.functional.pad(x[..., :11], fill)
-        weight = weight.view(4, n_units, n_units)[:, :11, :11]
-        weight = torch.nn.functional.pad(weight, (*fill, *fill)).view(G, -1, n_units)
-        h, c, _ = LSTMSequence.apply(x, weight, *states, ends, p, seed)
-        return h[..., :11], c[..., :11]
 
-    torch.autograd.gradcheck(run, (x, weight, *states), fast_mode=True)
+@pytest.mark.parametrize("G", [1, 4])
+def test_autograd_runs_the_backward_launch(randn, G):
+    arguments = operator_arguments(randn, G, grad=True)
+    h, c, gates = LSTMSequence.apply(*arguments)
+    assert not gates.requires_grad
+    dh, dc = torch.randn_like(h), torch.randn_like(c)
+    got = torch.autograd.grad((h, c), arguments[:4], (dh, dc))
+    _, weight, *_, ends, masks = (t.detach() for t in arguments)
+    h, c, gates = launch_sequence(*(t.detach() for t in arguments))
+    expected = launch_sequence_backward(dh, dc, gates, weight, h, c, ends, masks)
+    torch.testing.assert_close(got, expected)
 
 
 def test_backward_twice(randn):
@@ -686,31 +685,20 @@ def test_lengths_when_the_default_device_is_another(randn):
 
 
 def function(lesson, name):
-    """A function's code as a tree, without its annotations, docstring and checks."""
+    """A function's code, without its docstring and comments."""
     tree = ast.parse((TUTORIALS / f"{lesson}.py").read_text())
     (found,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
-    for argument in found.args.args:
-        if "tl." not in ast.unparse(argument):
-            argument.annotation = None
-    found.returns = None
-    found.body = [
-        node
-        for node in found.body
-        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant))
-    ]
+    found.body = found.body[ast.get_docstring(found) is not None :]
     return ast.unparse(found)
 
 
-STEP = ["tanh", "gate_dropout_kernel", "threshold_and_scale", "launch_gate_dropout"]
-FORWARD = ["arrive", "wait", "sequence_kernel", "blocks_for", "launch_all_steps"]
-FORWARD += ["launch_sequence"]
+SHARED = ["arrive", "wait", "blocks_for", "launch_all_steps"]
+FORWARD = ["sequence_kernel", "launch_sequence", *SHARED]
 BACKWARD = ["sequence_backward_kernel", "launch_sequence_backward"]
 REPEATED = [
-    ("sequence_lstm", "fused_lstm", STEP),
-    ("sequence_backward", "fused_lstm", STEP),
-    ("sequence_backward", "sequence_lstm", [*FORWARD, "plain_loop"]),
-    ("lstm_module", "fused_lstm", STEP),
-    ("lstm_module", "sequence_lstm", FORWARD),
+    ("sequence_lstm", "fused_lstm", ["tanh"]),
+    ("sequence_backward", "sequence_lstm", ["tanh", *SHARED]),
+    ("lstm_module", "sequence_lstm", ["tanh", *FORWARD]),
     ("lstm_module", "sequence_backward", BACKWARD),
 ]
 
@@ -723,23 +711,8 @@ def test_a_function_on_few_lines_is_the_one_of_its_lesson(lesson, first, name):
     assert function(lesson, name) == function(first, name)
 
 
-@pytest.mark.parametrize("name", ["LSTMSequence", "LSTMSequenceBackward"])
-def test_the_gradient_is_that_of_the_lesson_before(name):
-    trees = (
-        ast.parse((TUTORIALS / f"{lesson}.py").read_text())
-        for lesson in ("sequence_backward", "lstm_module")
-    )
-    first, again = (
-        [ast.unparse(node) for node in tree.body if getattr(node, "name", "") == name]
-        for tree in trees
-    )
-    assert first == again and len(first) == 1
-
-
-@pytest.mark.parametrize("lesson", ["sequence_backward", "lstm_module"])
-def test_blocks_are_those_of_their_lesson(lesson):
-    here = importlib.import_module(lesson)
-    assert here.BLOCK == importlib.import_module("fused_lstm").BLOCK
+def test_blocks_are_those_of_their_lesson():
+    here = importlib.import_module("lstm_module")
     assert here.TILES == importlib.import_module("sequence_lstm").TILES
     backward = importlib.import_module("sequence_backward").BACKWARD_TILES
     assert backward == here.BACKWARD_TILES

@@ -330,27 +330,22 @@ def loop_with_masks(lesson, lstm, x, mask_of):
     return torch.stack(outputs)
 
 
-def compare_with_loop(lesson, G, masks):
+def compare_with_loop(lesson, G, masks, masks_of):
     """The launches of the lesson, forward and backward, against a loop with these masks."""
-    torch.manual_seed(0)
-    T, B, F, H = 5, 3, 4, 16
-    lstm = torch.nn.LSTM(F, H).to(DEVICE, torch.float64)
-    x = torch.randn(T, B, F, device=DEVICE, dtype=torch.float64)
-    seed = torch.tensor([9], device=DEVICE)
-    # All steps as one step of more sequences: row t * B + b of the counter.
-    ones = x.new_ones(G, 1, T * B, H)
-    drawn = lesson.launch_gate_dropout(ones, 0.4, seed).view(G, T, B, H)
-    y = loop_with_masks(lesson, lstm, x, lambda t: masks(drawn[:, t]))
+    T, B, H = len(masks) - 1, 3, 16
+    lstm = torch.nn.LSTM(4, H).to(DEVICE, torch.float64)
+    x = torch.randn(T, B, 4, device=DEVICE, dtype=torch.float64)
+    y = loop_with_masks(lesson, lstm, x, masks_of)
     dy = torch.randn_like(y)
     wanted = torch.autograd.grad(y, (lstm.weight_hh_l0, lstm.bias_hh_l0), dy)
     with torch.no_grad():
         gates = x @ lstm.weight_ih_l0.T + lstm.bias_ih_l0 + lstm.bias_hh_l0
         gates, U = gates.view(T, B, 4, H), lstm.weight_hh_l0.view(G, -1, H)
         lengths, zeros = torch.full((B,), T, device=DEVICE), x.new_zeros(B, H)
-        h, c, gates = lesson.launch_steps(gates, U, zeros, zeros, lengths, 0.4, seed)
+        h, c, gates = lesson.launch_steps(gates, U, zeros, zeros, lengths, masks)
         dh = torch.cat([torch.zeros_like(dy[:1]), dy])
         d_gates, d_weight, _, _ = lesson.launch_steps_backward(
-            dh, torch.zeros_like(c), gates, U, h, c, lengths, 0.4, seed
+            dh, torch.zeros_like(c), gates, U, h, c, lengths, masks
         )
     torch.testing.assert_close(h[1:], y)
     torch.testing.assert_close(d_weight.flatten(0, 1), wanted[0])
@@ -359,7 +354,7 @@ def compare_with_loop(lesson, G, masks):
 
 @pytest.mark.parametrize("G", [1, 4])
 def test_zoneout_in_one_launch(changed, G):
-    """With rate 0.4, for h and c apart, anew at each step; ends of sequences as before."""
+    """For h and c apart, anew at each step; ends of sequences as before."""
     lesson = changed("sequence_lstm", 1, "Is it right?")
     T, B, H = 5, 19, 16 if DEVICE == "cpu" else 128
     like = {"device": DEVICE, "dtype": torch.float64}
@@ -367,18 +362,16 @@ def test_zoneout_in_one_launch(changed, G):
     x, weight = torch.randn(T, B, 4, H, **like), torch.randn(G, 4 * H // G, H, **like)
     h, c = torch.randn(2, B, H, **like)
     ends = torch.arange(B, device=DEVICE) % (T + 1)
-    seed = torch.tensor([9], device=DEVICE)
-    got, cells, _ = lesson.launch_sequence(x, weight, h, c, ends, 0.4, seed)
+    stays = torch.rand(T, 2, B, H, device=DEVICE) < 0.4
+    got, cells, _ = lesson.launch_sequence(x, weight, h, c, ends, stays.to(x))
 
-    rows = torch.ones(4, 1, (T + 1) * B, H, **like)
-    kept = lesson.launch_gate_dropout(rows, 0.4, seed).view(4, T + 1, B, H) == 0
     for t, step in enumerate(x):
         gates = step + torch.cat([h @ part.T for part in weight], dim=1).view(B, 4, H)
         i, f, g, o = gates.unbind(1)
         new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         new_h = o.sigmoid() * new_c.tanh()
-        c = torch.where(kept[0, t + 1], c, new_c)
-        h = torch.where(kept[1, t + 1], h, new_h)
+        c = torch.where(stays[t, 0], c, new_c)
+        h = torch.where(stays[t, 1], h, new_h)
         running = (t < ends)[:, None]
         h, c = h * running, c * running
         torch.testing.assert_close((got[t + 1], cells[t + 1]), (h, c))
@@ -399,15 +392,21 @@ def test_both_directions(solve):
     torch.testing.assert_close(got, expected)
 
 
+def masks(*shape):
+    ones = torch.ones(shape, device=DEVICE, dtype=torch.float64)
+    return torch.nn.functional.dropout(ones, 0.4)
+
+
 @pytest.mark.parametrize("G", [1, 4])
 def test_a_new_recurrent_mask_at_each_step(changed, G):
-    lesson = changed("fused_lstm", 1, "Is it right?")
-    compare_with_loop(lesson, G, lambda drawn: (drawn, 1))
+    lesson, rows = changed("fused_lstm", 1, "Is it right?"), masks(6, G, 3, 16)
+    compare_with_loop(lesson, G, rows, lambda t: (rows[t], 1))
 
 
 def test_semeniutas_dropout(changed):
-    lesson = changed("fused_lstm", 2, "Is it right?")
-    compare_with_loop(lesson, 1, lambda drawn: (torch.ones_like(drawn), drawn[0]))
+    lesson, rows = changed("fused_lstm", 2, "Is it right?"), masks(6, 3, 16)
+    ones = torch.ones_like(rows[:1])
+    compare_with_loop(lesson, 1, rows, lambda t: (ones, rows[t]))
 
 
 def test_spills_with_sixteen_warps(solve):

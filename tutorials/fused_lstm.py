@@ -78,7 +78,7 @@ if __name__ == "__main__":
 
 import gc
 
-from torch.nn.functional import linear, pad
+from torch.nn.functional import dropout, linear, pad
 
 
 def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
@@ -128,17 +128,15 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # gates, and writes c, h and, for the next product, the *masked* h, once for each mask. It stores
 # the gates' values in place of their arguments, because the backward pass needs them.
 #
-# The kernel draws the mask instead of reading it: **the state of unit u in sequence b is kept for
-# gate k when word k of Philox, with the seed as key and the counter b · 2³² + u, is at least p ·
-# 2³², rounded.** Philox returns four words, one for each gate. A shared mask uses word 0. Every
-# step draws the same words again, which costs arithmetic but no memory.
+# A mask holds 0 for a unit that is dropped, and 1 / (1 - p) for one that is kept. It is drawn before
+# the loop and kept in memory. One mask serves all steps, so it is only as large as the state of one
+# step, and drawing it from a seed, as in :ref:`seeded dropout`, would save next to nothing.
 #
 # Sequences may differ in length: after the end of a sequence, the kernel takes 0 for all that it
 # reads.
 #
-# The compiler unrolls a loop over ``tl.static_range``, so it knows k. Triton compiles a separate
-# kernel for integer arguments that are 1 or multiples of 16; ``do_not_specialize`` prevents that
-# for t.
+# The compiler unrolls a loop over ``tl.static_range``. Triton compiles a separate kernel for an
+# integer argument that is 1 or a multiple of 16; ``do_not_specialize`` prevents that for t.
 
 
 @triton.jit
@@ -159,9 +157,8 @@ def step_kernel(
     gates_ptr,  # (T, B, 4, H): the gates' arguments, replaced by their values
     h_ptr, c_ptr,  # (T + 1, B, H): row t is the state before step t
     masked_ptr,  # (G, B, H): the input of the next product
-    lengths_ptr,
-    t, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr,
-    G: tl.constexpr, BLOCK: tl.constexpr,
+    masks_ptr,  # (G, B, H)
+    lengths_ptr, t, n_sequences, n_units, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -186,13 +183,10 @@ def step_kernel(
     tl.store(c_ptr + after, c, mask=inside)
     tl.store(h_ptr + after, h, mask=inside)
 
-    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
-    if c.dtype != tl.float64:
-        scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
-        kept = tl.where(words[k].to(tl.int64) >= threshold, h * scale, 0.0)
         place = (k * n_sequences + sequence) * n_units + unit
-        tl.store(masked_ptr + place, kept, mask=inside)
+        keep = tl.load(masks_ptr + place, mask=inside)
+        tl.store(masked_ptr + place, h * keep, mask=inside)
 
 
 # %%
@@ -215,9 +209,8 @@ def step_backward_kernel(
     d_cell_ptr,  # (B, H): the gradient of c, carried from step to step
     d_masked_ptr,  # (G, B, H): the gradient of the masked state
     dh_ptr, dc_ptr,  # (T + 1, B, H): gradients of the outputs
-    gates_ptr, c_ptr, lengths_ptr,
-    t, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr,
-    G: tl.constexpr, BLOCK: tl.constexpr,
+    gates_ptr, c_ptr, masks_ptr, lengths_ptr,
+    t, n_sequences, n_units, G: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -230,13 +223,10 @@ def step_backward_kernel(
     dc = tl.load(d_cell_ptr, mask=active, other=0.0)  # float32 or float64
     dc += tl.load(dc_ptr + after, mask=active, other=0.0)
     dh = tl.load(dh_ptr + after, mask=active, other=0.0).to(dc.dtype)
-    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
-    if dc.dtype != tl.float64:
-        scale = tl.cast(scale, tl.float32)
     for k in tl.static_range(G):
         place = (k * n_sequences + sequence) * n_units + unit
-        d_masked = tl.load(d_masked_ptr + place, mask=active, other=0.0)
-        dh += tl.where(words[k].to(tl.int64) >= threshold, d_masked * scale, 0.0)
+        keep = tl.load(masks_ptr + place, mask=active, other=0.0)
+        dh += tl.load(d_masked_ptr + place, mask=active, other=0.0) * keep
 
     gate = 4 * (before - unit) + unit
     i = tl.load(gates_ptr + gate, mask=inside).to(dc.dtype)
@@ -256,64 +246,16 @@ def step_backward_kernel(
 
 
 # %%
-# The same mask, outside the loop
-# -------------------------------
-#
-# You also need the masks outside the loop: for the inputs, for the first state, and for all states
-# in the gradient of U. One small kernel multiplies a tensor (G, T, B, units) by a mask (G, 1, B,
-# units). To mask one tensor in G ways, ``expand`` it: that gives a stride of 0 and copies nothing.
-
-
-@triton.jit
-def gate_dropout_kernel(
-    y_ptr, x_ptr, gate_stride, n_rows, n_sequences, n_units,
-    threshold, scale: tl.float64, seed_ptr, G: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = unit < n_units
-    words = tl.randint4x(tl.load(seed_ptr), (row % n_sequences << 32) | unit)
-    if x_ptr.dtype.element_ty != tl.float64:
-        scale = tl.cast(scale, tl.float32)
-    for k in tl.static_range(G):
-        x = tl.load(x_ptr + row * n_units + unit, mask=inside)
-        kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
-        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
-        x_ptr += gate_stride
-
-
-BLOCK = 128
-
-
-def threshold_and_scale(p):
-    return round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0
-
-
-def launch_gate_dropout(x, p, seed):
-    """Multiply (G, T, B, units) by a mask (G, 1, B, units) that is drawn from the seed."""
-    G, n_steps, n_sequences, n_units = x.shape
-    if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
-        x = x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() > 0:
-        rows = n_steps * n_sequences
-        with torch.cuda.device_of(x):
-            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
-                y, x, x.stride(0), rows, n_sequences, n_units,
-                *threshold_and_scale(p), seed, G, BLOCK,
-            )  # fmt: skip
-    return y
-
-
-# %%
 # The loop
 # --------
 #
 # Now run all steps. U has shape (G, 4H/G, H): one matrix for each masked state. ``baddbmm_``
 # multiplies all of them and adds the products, in place, to the inputs' products.
 
+BLOCK = 128
 
-def launch_steps(from_input, weight, h0, c0, lengths, p, seed):
+
+def launch_steps(from_input, weight, h0, c0, lengths, masks):
     """h and c before each step and after the last, and the gates' values."""
     n_steps, n_sequences, _, n_units = from_input.shape
     G = len(weight)
@@ -321,14 +263,14 @@ def launch_steps(from_input, weight, h0, c0, lengths, p, seed):
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
     h[0], c[0] = h0, c0
-    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
+    masked = (h0 * masks).to(h.dtype)
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
-    sizes = n_sequences, n_units, *threshold_and_scale(p)
+    sizes = n_sequences, n_units, G, BLOCK
     with torch.cuda.device_of(h):
         for t in range(n_steps if n_sequences > 0 else 0):
             by_mask = gates[t].view(n_sequences, G, -1).transpose(0, 1)
             by_mask.baddbmm_(masked, weight.mT)
-            step_kernel[grid](gates, h, c, masked, lengths, t, *sizes, seed, G, BLOCK)
+            step_kernel[grid](gates, h, c, masked, masks, lengths, t, *sizes)
     return h, c, gates
 
 
@@ -337,7 +279,7 @@ def launch_steps(from_input, weight, h0, c0, lengths, p, seed):
 # needs the masked states. They were not kept, so h is masked again.
 
 
-def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, p, seed):
+def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, masks):
     """The gradients of ``from_input``, ``weight``, ``h0`` and ``c0``."""
     n_steps, n_sequences, _, n_units = gates.shape
     G = len(weight)
@@ -346,17 +288,17 @@ def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, p, seed):
     d_cell = torch.zeros_like(c[0])
     d_masked = h.new_zeros(G, n_sequences, n_units)
     grid = n_sequences, triton.cdiv(n_units, BLOCK)
-    sizes = n_sequences, n_units, *threshold_and_scale(p)
-    tensors = d_gates, d_cell, d_masked, dh, dc, gates, c, lengths
+    sizes = n_sequences, n_units, G, BLOCK
+    tensors = d_gates, d_cell, d_masked, dh, dc, gates, c, masks, lengths
     with torch.cuda.device_of(h):
         for t in reversed(range(n_steps if n_sequences > 0 else 0)):
-            step_backward_kernel[grid](*tensors, t, *sizes, seed, G, BLOCK)
+            step_backward_kernel[grid](*tensors, t, *sizes)
             by_mask = d_gates[t].view(n_sequences, G, -1).transpose(0, 1)
             torch.bmm(by_mask, weight, out=d_masked)
-    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
+    masked = (h[:-1] * masks[:, None]).to(h.dtype).flatten(1, 2)
     by_mask = d_gates.view(n_steps * n_sequences, G, weight.shape[1])
     d_weight = torch.bmm(by_mask.permute(1, 2, 0), masked)
-    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
+    dh0 = dh[0] + (d_masked * masks).sum(dim=0).to(dh.dtype)
     return d_gates, d_weight, dh0, d_cell + dc[0]
 
 
@@ -364,14 +306,13 @@ def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, p, seed):
 # Is it right?
 # ------------
 #
-# Give the plain loop the same masks, by applying ``launch_gate_dropout`` to ones, and compare
-# outputs and gradients in float64. With the identity in place of W, the gradient of the loop's
-# input is that of the gates' arguments.
+# Give the plain loop the same masks, and compare outputs and gradients in float64. Dropout of ones
+# draws a mask. With the identity in place of W, the gradient of the loop's input is that of the
+# gates' arguments.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    T, B, H, p = 5, 3, 7, 0.3
-    seed = torch.tensor([7], device=DEVICE)
+    T, B, H = 5, 3, 7
     lengths = torch.full((B,), T, device=DEVICE)
     x, U, h, c = (
         torch.randn(size, device=DEVICE, dtype=torch.float64, requires_grad=True)
@@ -379,16 +320,16 @@ if __name__ == "__main__":
     )
     identity, ones = torch.eye(4 * H).to(x), x.new_ones(4, B, 4 * H)
     for G in (4, 1):
-        masks = launch_gate_dropout(x.new_ones(G, 1, B, H), p, seed)[:, 0]
+        masks = dropout(x.new_ones(G, B, H), 0.3)
         y, _ = lstm_loop(x, identity, U, 0, h, c, ones[:G], masks)
         dy = torch.randn_like(y)
         wanted = [y, *torch.autograd.grad(y, (x, U, h, c), dy)]
         with torch.no_grad():
             inputs = x.view(T, B, 4, H), U.view(G, -1, H)
-            states, cells, gates = launch_steps(*inputs, h, c, lengths, p, seed)
+            states, cells, gates = launch_steps(*inputs, h, c, lengths, masks)
             gradients = launch_steps_backward(
                 pad(dy, (0, 0, 0, 0, 1, 0)), torch.zeros_like(cells),
-                gates, inputs[1], states, cells, lengths, p, seed,
+                gates, inputs[1], states, cells, lengths, masks,
             )  # fmt: skip
         pairs = zip((states[1:], *gradients), wanted, strict=True)
         got = [result.view_as(expected) for result, expected in pairs]
@@ -436,12 +377,12 @@ def benchmark(n_units, line):
     H, like = n_units, {"device": DEVICE, "dtype": torch.bfloat16}
     x, state = torch.randn(70, 80, 400, **like), torch.zeros(80, H, **like)
     W, U = (torch.randn(4 * H, n, **like) / n**0.5 for n in (400, H))
-    lengths, seed = torch.full((80,), 70, device=DEVICE), torch.tensor([7], device=DEVICE)
-    mask = launch_gate_dropout(x.new_ones(1, 1, 80, H), 0.3, seed)[0]
-    shape, rest = (70, 80, 4, H), (U[None], state, state.float(), lengths, 0.3, seed)
+    lengths = torch.full((80,), 70, device=DEVICE)
+    masks = dropout(torch.ones(1, 80, H, device=DEVICE), 0.3)
+    shape, rest = (70, 80, 4, H), (U[None], state, state.float(), lengths, masks)
     runs = {
         "two launches a step": lambda: launch_steps(linear(x, W).view(shape), *rest),
-        "plain loop": lambda: lstm_loop(x, W, U, 0, state, state, [1], mask),
+        "plain loop": lambda: lstm_loop(x, W, U, 0, state, state, [1], masks.to(x.dtype)),
         "matrix products": lambda: (linear(x, W), *(linear(state, U) for _ in range(70))),
     }
     run = runs[line.split(", ")[0]]
@@ -464,64 +405,67 @@ if __name__ == "__main__" and not INTERPRET:
 # Exercises
 # ---------
 #
-# 1. Draw the recurrent mask anew at each step. Which number must enter the counter, and where else
-#    must the same mask be drawn?
-# 2. Build in Semeniuta's dropout, which masks g alone, with a new mask at each step. A few lines of
-#    both kernels change.
+# 1. Draw the recurrent mask anew at each step: let ``masks`` have shape (T + 1, G, B, H), with a row
+#    for each state. Which row does each kernel need?
+# 2. Build in Semeniuta's dropout, which masks g alone, with a new mask at each step. Let ``masks``
+#    have shape (T, B, H).
 #
 # .. note::
 #    Try it first.
 #
-#    1. The number of the step that reads the state: step t masks what step t + 1 multiplies. The
-#       backward kernel must draw the same mask, and so must the gradient of U. There all states are
-#       masked at once, so treat the T steps as one step with T times the sequences.
+#    1. Row t for the state before step t. Step t writes the masked state for step t + 1, and its
+#       backward pass gets the gradient of that, so both read row t + 1. The masks now take as much
+#       memory as all states. A kernel that draws them from a seed, as in :ref:`seeded dropout`,
+#       would need none.
 #
 #       .. code-block:: diff
 #
 #          @@ in step_kernel and in step_backward_kernel
-#          -    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
-#          +    row = (t + 1) * n_sequences + sequence
-#          +    words = tl.randint4x(tl.load(seed_ptr), (row << 32) | unit)
+#          -    for k in tl.static_range(G):
+#          +    masks_ptr += (t + 1) * G * n_sequences.to(tl.int64) * n_units
+#          +    for k in tl.static_range(G):
+#          @@ in launch_steps
+#          -    masked = (h0 * masks).to(h.dtype)
+#          +    masked = (h0 * masks[0]).to(h.dtype)
 #          @@ in launch_steps_backward
-#          -    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
-#          +    states = h[:-1].view(1, 1, -1, n_units).expand(G, -1, -1, -1)
-#          +    masked = launch_gate_dropout(states, p, seed)[:, 0]
+#          -    masked = (h[:-1] * masks[:, None]).to(h.dtype).flatten(1, 2)
+#          +    masked = (h[:-1] * masks[:-1].transpose(0, 1)).to(h.dtype).flatten(1, 2)
+#          @@
+#          -    dh0 = dh[0] + (d_masked * masks).sum(dim=0).to(dh.dtype)
+#          +    dh0 = dh[0] + (d_masked * masks[0]).sum(dim=0).to(dh.dtype)
 #
 #    2. Mask g wherever it is used: once in the forward kernel, twice in the backward kernel. Do not
-#       mask h any more. With implementation 2, ``recurrent_dropout`` is now Semeniuta's rate.
-#       Outside the loop, the state is masked at a rate of 0.
+#       mask h any more. Row t of the masks begins where row t of h does, so ``before`` finds it.
 #
 #       .. code-block:: diff
 #
 #          @@ in step_kernel
 #          -    c = f * c + i * g
-#          +    row = t * n_sequences + sequence
-#          +    word = tl.randint(tl.load(seed_ptr), (row << 32) | unit).to(tl.int64)
-#          +    c = f * c + i * tl.where(word >= threshold, g * tl.cast(scale, c.dtype), 0.0)
+#          +    c = f * c + i * g * tl.load(masks_ptr + before, mask=inside)
 #          @@
-#          -        kept = tl.where(words[k].to(tl.int64) >= threshold, h * scale, 0.0)
-#          +        kept = h
+#          -        keep = tl.load(masks_ptr + place, mask=inside)
+#          -        tl.store(masked_ptr + place, h * keep, mask=inside)
+#          +        tl.store(masked_ptr + place, h, mask=inside)
 #          @@ in step_backward_kernel
-#          -        dh += tl.where(words[k].to(tl.int64) >= threshold, d_masked * scale, 0.0)
-#          +        dh += d_masked
+#          -        keep = tl.load(masks_ptr + place, mask=active, other=0.0)
+#          -        dh += tl.load(d_masked_ptr + place, mask=active, other=0.0) * keep
+#          +        dh += tl.load(d_masked_ptr + place, mask=active, other=0.0)
 #          @@
 #          -    tl.store(d_gate, dc * g * i * (1 - i), mask=inside)
-#          +    row = t * n_sequences + sequence
-#          +    word = tl.randint(tl.load(seed_ptr), (row << 32) | unit).to(tl.int64)
-#          +    factor = tl.where(word >= threshold, scale, 0.0).to(dc.dtype)
-#          +    tl.store(d_gate, dc * factor * g * i * (1 - i), mask=inside)
+#          +    keep = tl.load(masks_ptr + before, mask=inside)
+#          +    tl.store(d_gate, dc * keep * g * i * (1 - i), mask=inside)
 #          @@
 #          -    tl.store(d_gate + 2 * n_units, dc * i * (1 - g * g), mask=inside)
-#          +    tl.store(d_gate + 2 * n_units, dc * factor * i * (1 - g * g), mask=inside)
+#          +    tl.store(d_gate + 2 * n_units, dc * keep * i * (1 - g * g), mask=inside)
 #          @@ in launch_steps
-#          -    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
-#          +    masked = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), 0.0, seed)[:, 0]
+#          -    masked = (h0 * masks).to(h.dtype)
+#          +    masked = h0.to(h.dtype).repeat(G, 1, 1)
 #          @@ in launch_steps_backward
-#          -    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
-#          +    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), 0.0, seed).flatten(1, 2)
+#          -    masked = (h[:-1] * masks[:, None]).to(h.dtype).flatten(1, 2)
+#          +    masked = h[:-1].expand(G, -1, -1, -1).flatten(1, 2)
 #          @@
-#          -    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
-#          +    dh0 = launch_gate_dropout(d_masked[:, None], 0.0, seed).sum(dim=0)[0] + dh[0]
+#          -    dh0 = dh[0] + (d_masked * masks).sum(dim=0).to(dh.dtype)
+#          +    dh0 = dh[0] + d_masked.sum(dim=0)
 #
 # References
 # ----------

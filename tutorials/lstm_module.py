@@ -10,7 +10,7 @@ cuDNN's LSTM, which has no dropout on its state.
 
 You will learn
 
-- what a module needs besides its kernels: seeds, lengths, and added units;
+- what a module needs besides its kernels: masks, lengths, and added units;
 - why every replay of a CUDA graph still draws new masks;
 - how to compare two modules under the same conditions.
 
@@ -56,10 +56,6 @@ if __name__ == "__main__":
 # The kernels and launches of :ref:`sequence lstm` and :ref:`sequence backward`, so that the notebook
 # runs alone. You have read them.
 
-from torch.nn.functional import linear, pad
-
-Tensor = torch.Tensor
-
 
 @triton.jit
 def tanh(x):
@@ -71,33 +67,6 @@ def tanh(x):
     series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
     t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far)
     return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def gate_dropout_kernel(
-    y_ptr,
-    x_ptr,
-    gate_stride,
-    n_rows,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = unit < n_units
-    words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
-    if x_ptr.dtype.element_ty != tl.float64:
-        scale = tl.cast(scale, tl.float32)
-    for k in tl.static_range(G):
-        x = tl.load(x_ptr + row * n_units + unit, mask=inside)
-        kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
-        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
-        x_ptr += gate_stride
 
 
 @triton.jit
@@ -115,38 +84,27 @@ def wait(arrived_ptr, n_arrivals):
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
 def sequence_kernel(
     gates_ptr,
-    h_ptr,
-    c_ptr,
+    h_ptr, c_ptr,
     masked_ptr,
+    masks_ptr,
     weight_ptr,
-    lengths_ptr,
-    n_steps,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    arrived_ptr,
-    rows,
-    first_block,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    K: tl.constexpr,
+    lengths_ptr, n_steps, n_sequences, n_units, arrived_ptr, rows, first_block,
+    G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.arange(0, ROWS)[:, None]
     block = first_block + tl.program_id(0)
     sequence = block.to(tl.int64) * rows + row
     exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
     length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
-    words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
     state = sequence * n_units + unit
     plane = n_sequences.to(tl.int64) * n_units
     c = tl.load(c_ptr + state, mask=exists, other=0.0)
-    if c.dtype != tl.float64:
-        scale = tl.cast(scale, tl.float32)
+    keep = ()
+    for part in tl.static_range(G):
+        keep += (tl.load(masks_ptr + part * plane + state, mask=exists, other=0.0),)
+
     k = tl.arange(0, K)
     column = tl.arange(0, 4 * UNITS)[None, :]
     owner = tl.program_id(1) * UNITS + column // 4
@@ -182,9 +140,8 @@ def sequence_kernel(
         c = tl.where(active, f * c + i * g, 0.0)
         h = o * tanh(c)
         for part in tl.static_range(G):
-            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0)
             next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane
-            tl.store(next_ptr + state, kept, mask=exists)
+            tl.store(next_ptr + state, h * keep[part], mask=exists)
         arrive(arrived_ptr)
         tl.store(gate, i, mask=exists)
         tl.store(gate + n_units, f, mask=exists)
@@ -198,39 +155,25 @@ def sequence_kernel(
 def sequence_backward_kernel(
     d_gates_ptr,
     d_cell_ptr,
-    dh_ptr,
-    dc_ptr,
-    gates_ptr,
-    c_ptr,
+    dh_ptr, dc_ptr,
+    gates_ptr, c_ptr, masks_ptr,
     weight_ptr,
-    lengths_ptr,
-    n_steps,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    arrived_ptr,
-    rows,
-    first_block,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    K: tl.constexpr,
+    lengths_ptr, n_steps, n_sequences, n_units, arrived_ptr, rows, first_block,
+    G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     row = tl.arange(0, ROWS)[:, None]
     block = first_block + tl.program_id(0)
     sequence = block.to(tl.int64) * rows + row
     exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
     length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
-    words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
     state = sequence * n_units + unit
     plane = n_sequences.to(tl.int64) * n_units
     d_cell = tl.zeros((ROWS, UNITS), c_ptr.dtype.element_ty)
-    if d_cell.dtype != tl.float64:
-        scale = tl.cast(scale, tl.float32)
+    keep = ()
+    for part in tl.static_range(G):
+        keep += (tl.load(masks_ptr + part * plane + state, mask=exists, other=0.0),)
     width = 4 * n_units // G
     k = tl.arange(0, K)
     u_ptr = weight_ptr + unit.to(tl.int64) * 4 * n_units + k[:, None]
@@ -257,10 +200,9 @@ def sequence_backward_kernel(
                 d = tl.load(d_ptr + first, exists, 0.0, cache_modifier=".cg")
                 u = tl.load(u_ptr + first)
                 product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
-            kept = words[part].to(tl.int64) >= threshold
-            from_next += tl.where(kept, product * scale, 0.0)
+            from_next += product * keep[part]
         active = exists & (t < length)
-        i, f, g, o = (i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype))
+        i, f, g, o = i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype)
         tanh_c = tanh(c_after)
         dh = tl.where(active, dh + from_next, 0.0)
         d_cell = tl.where(active, d_cell + dc + dh * o * (1 - tanh_c * tanh_c), 0.0)
@@ -274,7 +216,6 @@ def sequence_backward_kernel(
     tl.store(d_cell_ptr + state, d_cell, mask=exists)
 
 
-BLOCK = 128
 TILES = [
     (16, 2, 16, 4, 3),
     (64, 1, 16, 8, 3),
@@ -291,36 +232,9 @@ BACKWARD_TILES = [
 ]
 
 
-def threshold_and_scale(p):
-    return (round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0)
-
-
-def launch_gate_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    G, n_steps, n_sequences, n_units = x.shape
-    if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
-        x = x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() > 0:
-        rows = n_steps * n_sequences
-        with torch.cuda.device_of(x):
-            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
-                y,
-                x,
-                x.stride(0),
-                rows,
-                n_sequences,
-                n_units,
-                *threshold_and_scale(p),
-                seed,
-                G,
-                BLOCK,
-            )
-    return y
-
-
 def blocks_for(tiles, n_sequences, n_units, device):
     if INTERPRET:
-        return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
+        return 16, n_units, triton.cdiv(n_sequences, 16), 1, {}
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     for tile, programs, units, warps, stages in tiles:
         row_blocks = triton.cdiv(n_sequences, tile)
@@ -331,129 +245,125 @@ def blocks_for(tiles, n_sequences, n_units, device):
     if at_once == 0:
         fit = processors * units
         raise ValueError(f"at most {fit} units fit this GPU, got {n_units}")
-    return (tile, units, row_blocks, at_once, options)
+    return tile, units, row_blocks, at_once, options
 
 
-def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
-    n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
+def launch_all_steps(kernel, tiles, h, G, *tensors, early=0):
+    n_steps, n_sequences, n_units = len(h) - 1, *h.shape[1:]
     if n_steps == 0 or n_sequences == 0:
         return
     tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device)
-    rows, K = (
-        triton.cdiv(n_sequences, row_blocks),
-        min(n_units, 256 // h.element_size()),
-    )
+    rows, K = triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "tf32" if tf32 and h.dtype == torch.float32 else "ieee"
     arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
+
     widen = INTERPRET and h.dtype == torch.bfloat16
     work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once):
             kernel[min(at_once, row_blocks - first), n_units // units](
-                *work,
-                n_steps,
-                n_sequences,
-                n_units,
-                *threshold_and_scale(p),
-                seed,
-                arrived,
-                rows,
-                first,
-                G,
-                tile,
-                units,
-                K,
-                precision,
-                **options,
-            )
+                *work, n_steps, n_sequences, n_units, arrived, rows, first,
+                G, tile, units, K, precision, **options,
+            )  # fmt: skip
     if widen:
         torch._foreach_copy_(tensors[:2], work[:2])
 
 
-def launch_sequence(
-    from_input: Tensor,
-    weight: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    lengths: Tensor,
-    p: float,
-    seed: Tensor,
-    early: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
+def launch_sequence(from_input, weight, h0, c0, lengths, masks, early=0):
     n_steps, n_sequences, _, n_units = from_input.shape
-    G, n_real = (len(weight), h0.shape[1])
     gates = from_input.clone(memory_format=torch.contiguous_format)
-    gates[..., n_real:] = 0
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
-    masked = h.new_empty(2, G, n_sequences, n_units)
-    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
-    tensors = (gates, h, c, masked, weight.contiguous(), lengths)
-    launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early)
-    return (h, c, gates)
+    masked = h.new_empty(2, *masks.shape)
+    h[0], c[0], masked[0] = h0, c0, h0 * masks
+    tensors = gates, h, c, masked, masks, weight.contiguous(), lengths
+    launch_all_steps(sequence_kernel, TILES, h, len(masks), *tensors, early=early)
+    return h, c, gates
 
 
-def launch_sequence_backward(
-    dh: Tensor,
-    dc: Tensor,
-    gates: Tensor,
-    weight: Tensor,
-    h: Tensor,
-    c: Tensor,
-    lengths: Tensor,
-    n_real: int,
-    p: float,
-    seed: Tensor,
-    early: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_sequence_backward(dh, dc, gates, weight, h, c, lengths, masks, early=0):
     n_steps, n_sequences, _, n_units = gates.shape
-    G, U = (len(weight), weight.reshape(4 * n_units, n_units))
+    G, U = len(weight), weight.reshape(4 * n_units, n_units)
     d_gates = gates.new_empty(n_steps + 1, n_sequences, 4, n_units)
     d_gates[n_steps] = 0
     d_cell = torch.zeros_like(c[0])
-    gradients = (d_gates, d_cell, dh.contiguous(), dc.contiguous())
-    tensors = (*gradients, gates, c, U.T.contiguous(), lengths)
-    how = (sequence_backward_kernel, BACKWARD_TILES, h, p, seed, G)
-    launch_all_steps(*how, *tensors, early=early)
+    gradients = d_gates, d_cell, dh.contiguous(), dc.contiguous()
+    tensors = *gradients, gates, c, masks, U.T.contiguous(), lengths
+    launch_all_steps(
+        sequence_backward_kernel, BACKWARD_TILES, h, G, *tensors, early=early
+    )
     by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G)
-    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
-    d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked)
+    masked = torch.mul(h[:-1], masks[:, None], out=h.new_empty(G, *h[:-1].shape))
+    by_row = by_mask[:-1].flatten(0, 1).permute(1, 2, 0)
+    d_weight = torch.bmm(by_row, masked.flatten(1, 2))
     d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight)
-    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
-    dc0 = d_cell + dc[0]
-    return (d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone())
+    dh0 = dh[0] + (d_masked * masks).sum(dim=0).to(dh.dtype)
+    return d_gates[:-1], d_weight, dh0, d_cell + dc[0]
 
 
-lstm_sequence_op = torch.library.custom_op(
-    "fast_and_right::lstm_layer", launch_sequence, mutates_args=()
-)
-lstm_sequence_backward_op = torch.library.custom_op(
-    "fast_and_right::lstm_layer_backward", launch_sequence_backward, mutates_args=()
-)
+# %%
+# What a module needs
+# -------------------
+#
+# The launches do the steps. The module does the rest:
+#
+# .. image:: /_static/lstm_module.svg
+#    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. A mask enters the dropout; another mask and the lengths enter the steps.
+#
+# - **Masks.** Each call in training draws them with PyTorch's dropout. So ``torch.manual_seed``
+#   determines them, and ``checkpoint`` draws the same again.
+# - **Lengths.** In a padded batch each sequence has its own length, which the kernels read. What
+#   comes after its end must not count, even if it is NaN. A packed sequence is padded first, and
+#   its output is packed again.
+# - **Added units.** The kernels take multiples of 128 units. The module adds units whose weights
+#   are 0, so that they stay at 0, and removes them from the results.
+#
+# As a public function
+# --------------------
+#
+# A custom operator makes each launch known to autograd and to ``torch.compile``, as in
+# :ref:`operators`. The module has the parameters and results of ``torch.nn.LSTM``, so a state dict
+# fits both. The rates are Keras's.
+
+import gc
+import numbers
+
+from torch.nn.functional import dropout, linear, pad
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+lstm_sequence = torch.library.custom_op(
+    "fast_and_right::lstm_sequence", launch_sequence, mutates_args=(),
+    schema="(Tensor from_input, Tensor weight, Tensor h0, Tensor c0, Tensor lengths, "
+    "Tensor masks) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+lstm_sequence_backward = torch.library.custom_op(
+    "fast_and_right::lstm_sequence_backward", launch_sequence_backward, mutates_args=(),
+    schema="(Tensor dh, Tensor dc, Tensor gates, Tensor weight, Tensor h, Tensor c, "
+    "Tensor lengths, Tensor masks) -> (Tensor, Tensor, Tensor, Tensor)",
+)  # fmt: skip
 
 
-@lstm_sequence_op.register_fake
-def _(from_input, weight, h0, c0, lengths, p, seed, early=0):
+@lstm_sequence.register_fake
+def _(from_input, weight, h0, c0, lengths, masks):
     n_steps, n_sequences, _, n_units = from_input.shape
     h = from_input.new_empty(n_steps + 1, n_sequences, n_units)
-    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    return (h, c, from_input.new_empty(from_input.shape))
+    return (
+        h,
+        torch.empty_like(h, dtype=masks.dtype),
+        from_input.new_empty(from_input.shape),
+    )
 
 
-@lstm_sequence_backward_op.register_fake
-def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0):
-    states = (h[0, :, :n_real], c[0, :, :n_real])
-    return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
+@lstm_sequence_backward.register_fake
+def _(dh, dc, gates, weight, h, c, lengths, masks):
+    return tuple(t.new_empty(t.shape) for t in (gates, weight, h[0], c[0]))
 
 
 class LSTMSequenceBackward(torch.autograd.Function):
     @staticmethod
-    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
-        compiling = torch.compiler.is_compiling()
-        run = lstm_sequence_backward_op if compiling else launch_sequence_backward
-        return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
+    def forward(dh, dc, gates, weight, h, c, lengths, masks):
+        return lstm_sequence_backward(dh, dc, gates, weight, h, c, lengths, masks)
 
     setup_context = staticmethod(lambda ctx, inputs, output: None)
 
@@ -464,57 +374,20 @@ class LSTMSequenceBackward(torch.autograd.Function):
 
 class LSTMSequence(torch.autograd.Function):
     @staticmethod
-    def forward(from_input, weight, h0, c0, lengths, p, seed):
-        run = lstm_sequence_op if torch.compiler.is_compiling() else launch_sequence
-        return run(from_input, weight, h0, c0, lengths, p, seed)
+    def forward(from_input, weight, h0, c0, lengths, masks):
+        return lstm_sequence(from_input, weight, h0, c0, lengths, masks)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, weight, h0, _, lengths, ctx.p, seed = inputs
+        _, weight, _, _, lengths, masks = inputs
         h, c, gates = output
-        ctx.n_real = h0.shape[1]
         ctx.mark_non_differentiable(gates)
-        ctx.save_for_backward(gates, weight, h, c, lengths, seed)
+        ctx.save_for_backward(gates, weight, h, c, lengths, masks)
 
     @staticmethod
     def backward(ctx, dh, dc, _):
-        *saved, seed = ctx.saved_tensors
-        arguments = (dh, dc, *saved, ctx.n_real, ctx.p, seed)
-        return (*LSTMSequenceBackward.apply(*arguments), None, None, None)
-
-
-# %%
-# What a module needs
-# -------------------
-#
-# The launches do the steps. The module does the rest:
-#
-# .. image:: /_static/lstm_module.svg
-#    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. A seed enters the dropout; another seed and the lengths enter the steps.
-#
-# - **Seeds.** Each call in training draws two, on the GPU, with PyTorch's generator. So
-#   ``torch.manual_seed`` determines them, and ``checkpoint`` draws the same again.
-# - **Lengths.** In a padded batch each sequence has its own length, which the kernels read. What
-#   comes after its end must not count, even if it is NaN. A packed sequence is padded first, and
-#   its output is packed again.
-# - **Added units.** The kernels take multiples of 128 units. The module adds units whose weights
-#   are 0, so that they stay at 0, and removes them from the results.
-#
-# As a public function
-# --------------------
-#
-# The module has the parameters and results of ``torch.nn.LSTM``, so a state dict fits both. The
-# rates are Keras's.
-
-import gc
-import numbers
-
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-
-gate_dropout_op = torch.library.custom_op(
-    "fast_and_right::gate_dropout", launch_gate_dropout, mutates_args=()
-)
-gate_dropout_op.register_fake(lambda x, p, seed: x.new_empty(x.shape))
+        saved = ctx.saved_tensors
+        return *LSTMSequenceBackward.apply(dh, dc, *saved), None, None
 
 
 class LSTM(torch.nn.Module):
@@ -625,38 +498,29 @@ class LSTM(torch.nn.Module):
             steps = torch.arange(n_steps, device=x.device)[:, None, None]
             x = x.masked_fill(steps >= lengths[:, None], 0)  # padding may hold NaN
 
-        seeds, rates = torch.zeros(2, dtype=torch.int64, device=x.device), (0.0, 0.0)
-        if self.training:
-            seeds = torch.randint(2**62, (2,), device=x.device)
-            rates = self.dropout, self.recurrent_dropout
-        G = 4 if self.implementation == 1 else 1
-        # Add units that stay 0, up to a multiple of 128 (interpreter: a power of two).
-        H = self.hidden_size
-        extra = max(16, 1 << (H - 1).bit_length()) - H if INTERPRET else -H % 128
-        weight_ih, weight_hh = self.weight_ih_l0.view(4, H, -1), self.weight_hh_l0
-        weight_hh, bias = weight_hh.view(4, H, H), self.bias_ih_l0 + self.bias_hh_l0
-        if extra:
-            weight_ih = pad(weight_ih, (0, 0, 0, extra))
-            weight_hh = pad(weight_hh, (0, extra, 0, extra))
-            bias = pad(bias.view(4, H), (0, extra))
+        G, H = 4 if self.implementation == 1 else 1, self.hidden_size
+        wide = torch.promote_types(x.dtype, torch.float32)
+        like = {"dtype": wide, "device": x.device}
+        bias, rate = self.bias_ih_l0 + self.bias_hh_l0, self.dropout
+        if self.training and rate:
+            masks = dropout(torch.ones(G, 1, *x.shape[1:], **like), rate)
+            x = (x * masks).to(x.dtype)
+        weight = self.weight_ih_l0.view(G, -1, self.input_size)
+        x = x.expand(G, -1, -1, -1).flatten(1, 2)
+        gates = torch.baddbmm(bias.view(G, 1, -1), x, weight.mT)
+        gates = gates.view(G, n_steps, n_sequences, 4 // G, H)
+        gates = gates.permute(1, 2, 0, 3, 4).flatten(2, 3)
 
-        if rates[0]:
-            traced = torch.compiler.is_compiling()
-            traced = traced or torch._C._are_functorch_transforms_active()
-            draw = gate_dropout_op if traced else launch_gate_dropout
-            ones = torch.ones(G, 1, *x.shape[1:], dtype=x.dtype, device=x.device)
-            kept = draw(ones, rates[0], seeds[:1]) > 0
-            x = torch.where(kept, x * threshold_and_scale(rates[0])[1], 0.0)
-        x, weight_ih = x.expand(G, -1, -1, -1), weight_ih.view(G, -1, self.input_size)
-        gates = torch.baddbmm(bias.view(G, 1, -1), x.flatten(1, 2), weight_ih.mT)
-        gates = gates.view(G, n_steps, n_sequences, 4 // G, H + extra)
-        gates = gates.permute(1, 2, 0, 3, 4)
-        h, c, _ = LSTMSequence.apply(
-            gates.flatten(2, 3), weight_hh.to(gates.dtype).view(G, -1, H + extra),
-            hx[0][0].to(gates.dtype),
-            hx[1][0].to(torch.promote_types(gates.dtype, torch.float32)),
-            lengths, rates[1], seeds[1:],
-        )  # fmt: skip
+        # Add units that stay 0, up to a multiple of 128 (interpreter: a power of two).
+        extra = max(16, 1 << (H - 1).bit_length()) - H if INTERPRET else -H % 128
+        h0, c0, U = hx[0][0], hx[1][0], self.weight_hh_l0.view(4, H, H)
+        if extra:
+            gates, h0, c0 = (pad(t, (0, extra)) for t in (gates, h0, c0))
+            U = pad(U, (0, extra, 0, extra))
+        ones = torch.ones(G, n_sequences, H + extra, **like)
+        masks = dropout(ones, self.recurrent_dropout, self.training)
+        U, h0 = U.to(gates.dtype).view(G, -1, H + extra), h0.to(gates.dtype)
+        h, c, _ = LSTMSequence.apply(gates, U, h0, c0.to(wide), lengths, masks)
         return h[..., :H], c[..., :H].to(h.dtype)
 
 
@@ -691,9 +555,9 @@ if __name__ == "__main__":
 # ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module, which
 # then takes inputs of the captured shape only. Each replay overwrites the output of the one before.
 #
-# A replay repeats the launches with their captured arguments. If the seed were one of these, each
-# replay would draw the same masks. But our kernels *load* the seed from memory. The launch that
-# draws a new seed is part of the graph, and PyTorch advances its generator with every replay:
+# A replay repeats the launches with their captured arguments. If a seed were one of these, each
+# replay would draw the same masks. But PyTorch's dropout loads its seed from memory, and PyTorch
+# advances its generator with every replay:
 
 if __name__ == "__main__" and not INTERPRET:
     graphed = LSTM(4, 7, recurrent_dropout=0.3).to(DEVICE)

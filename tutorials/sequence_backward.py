@@ -12,7 +12,7 @@ You will learn
 
 - how to write the backward pass of a recurrent network as a loop of its own;
 - what must stay in that loop, and what one large product does after it;
-- how to predict the time of a new kernel from one that you have measured.
+- how to predict the time of a new kernel from the bytes that it reads.
 
 Needs: PyTorch, and :ref:`sequence lstm`.
 """
@@ -58,9 +58,7 @@ if __name__ == "__main__":
 
 import gc
 
-from torch.nn.functional import linear, pad
-
-Tensor = torch.Tensor
+from torch.nn.functional import dropout
 
 
 @triton.jit
@@ -76,63 +74,6 @@ def tanh(x):
 
 
 @triton.jit
-def gate_dropout_kernel(
-    y_ptr,
-    x_ptr,
-    gate_stride,
-    n_rows,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = unit < n_units
-    words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
-    if x_ptr.dtype.element_ty != tl.float64:
-        scale = tl.cast(scale, tl.float32)
-    for k in tl.static_range(G):
-        x = tl.load(x_ptr + row * n_units + unit, mask=inside)
-        kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
-        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
-        x_ptr += gate_stride
-
-
-BLOCK = 128
-
-
-def threshold_and_scale(p):
-    return (round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0)
-
-
-def launch_gate_dropout(x, p, seed):
-    G, n_steps, n_sequences, n_units = x.shape
-    if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
-        x = x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() > 0:
-        rows = n_steps * n_sequences
-        with torch.cuda.device_of(x):
-            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
-                y,
-                x,
-                x.stride(0),
-                rows,
-                n_sequences,
-                n_units,
-                *threshold_and_scale(p),
-                seed,
-                G,
-                BLOCK,
-            )
-    return y
-
-
-@triton.jit
 def arrive(arrived_ptr):
     tl.debug_barrier()
     tl.atomic_add(arrived_ptr, 1, sem="release")
@@ -144,100 +85,9 @@ def wait(arrived_ptr, n_arrivals):
         pass
 
 
-@triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
-def sequence_kernel(
-    gates_ptr,
-    h_ptr,
-    c_ptr,
-    masked_ptr,
-    weight_ptr,
-    lengths_ptr,
-    n_steps,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    arrived_ptr,
-    rows,
-    first_block,
-    G: tl.constexpr,
-    ROWS: tl.constexpr,
-    UNITS: tl.constexpr,
-    K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    row = tl.arange(0, ROWS)[:, None]
-    block = first_block + tl.program_id(0)
-    sequence = block.to(tl.int64) * rows + row
-    exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
-    unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
-    length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
-    words = tl.randint4x(tl.load(seed_ptr), sequence << 32 | unit)
-    state = sequence * n_units + unit
-    plane = n_sequences.to(tl.int64) * n_units
-    c = tl.load(c_ptr + state, mask=exists, other=0.0)
-    if c.dtype != tl.float64:
-        scale = tl.cast(scale, tl.float32)
-    k = tl.arange(0, K)
-    column = tl.arange(0, 4 * UNITS)[None, :]
-    owner = tl.program_id(1) * UNITS + column // 4
-    row_of_u = (column % 4).to(tl.int64) * n_units + owner
-    u_ptr = weight_ptr + row_of_u * n_units + k[:, None]
-    x_ptr = masked_ptr + sequence * n_units + k[None, :]
-    arrived_ptr += block
-    for t in range(n_steps):
-        gate = gates_ptr + (t * n_sequences + sequence) * 4 * n_units + unit
-        from_i = tl.load(gate, mask=exists, other=0.0)
-        from_f = tl.load(gate + n_units, mask=exists, other=0.0)
-        from_g = tl.load(gate + 2 * n_units, mask=exists, other=0.0)
-        from_o = tl.load(gate + 3 * n_units, mask=exists, other=0.0)
-        wait(arrived_ptr, t * tl.num_programs(1))
-        product = tl.zeros((ROWS, 4 * UNITS), c.dtype)
-        for part in tl.static_range(G):
-            part_ptr = x_ptr + (t % 2 * G + part) * plane
-            for first in range(0, n_units, K):
-                x = tl.load(part_ptr + first, exists, 0.0, cache_modifier=".cg")
-                if G == 1:
-                    u = tl.load(u_ptr + first)
-                else:
-                    u = tl.load(u_ptr + first, mask=column % 4 == part, other=0.0)
-                product = tl.dot(x, u, product, PRECISION, out_dtype=c.dtype)
-        even, odd = tl.split(tl.reshape(product, (ROWS, UNITS, 2, 2)))
-        i, g = tl.split(even)
-        f, o = tl.split(odd)
-        active = exists & (t < length)
-        i = tl.sigmoid(tl.where(active, i + from_i, 0.0))
-        f = tl.sigmoid(tl.where(active, f + from_f, 0.0))
-        g = tanh(tl.where(active, g + from_g, 0.0))
-        o = tl.sigmoid(tl.where(active, o + from_o, 0.0))
-        c = tl.where(active, f * c + i * g, 0.0)
-        h = o * tanh(c)
-        for part in tl.static_range(G):
-            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0)
-            next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane
-            tl.store(next_ptr + state, kept, mask=exists)
-        arrive(arrived_ptr)
-        tl.store(gate, i, mask=exists)
-        tl.store(gate + n_units, f, mask=exists)
-        tl.store(gate + 2 * n_units, g, mask=exists)
-        tl.store(gate + 3 * n_units, o, mask=exists)
-        tl.store(c_ptr + (t + 1) * plane + state, c, mask=exists)
-        tl.store(h_ptr + (t + 1) * plane + state, h, mask=exists)
-
-
-TILES = [
-    (16, 2, 16, 4, 3),
-    (64, 1, 16, 8, 3),
-    (32, 2, 16, 4, 3),
-    (64, 1, 32, 8, 4),
-    (64, 1, 64, 8, 2),
-]
-
-
 def blocks_for(tiles, n_sequences, n_units, device):
     if INTERPRET:
-        return (16, n_units, triton.cdiv(n_sequences, 16), 1, {})
+        return 16, n_units, triton.cdiv(n_sequences, 16), 1, {}
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     for tile, programs, units, warps, stages in tiles:
         row_blocks = triton.cdiv(n_sequences, tile)
@@ -248,79 +98,29 @@ def blocks_for(tiles, n_sequences, n_units, device):
     if at_once == 0:
         fit = processors * units
         raise ValueError(f"at most {fit} units fit this GPU, got {n_units}")
-    return (tile, units, row_blocks, at_once, options)
+    return tile, units, row_blocks, at_once, options
 
 
-def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
-    n_steps, n_sequences, n_units = (len(h) - 1, *h.shape[1:])
+def launch_all_steps(kernel, tiles, h, G, *tensors, early=0):
+    n_steps, n_sequences, n_units = len(h) - 1, *h.shape[1:]
     if n_steps == 0 or n_sequences == 0:
         return
     tile, units, row_blocks, at_once, options = blocks_for(tiles, *h.shape[1:], h.device)
-    rows, K = (
-        triton.cdiv(n_sequences, row_blocks),
-        min(n_units, 256 // h.element_size()),
-    )
+    rows, K = triton.cdiv(n_sequences, row_blocks), min(n_units, 256 // h.element_size())
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     precision = "tf32" if tf32 and h.dtype == torch.float32 else "ieee"
     arrived = torch.full((row_blocks,), early, dtype=torch.int32, device=h.device)
+
     widen = INTERPRET and h.dtype == torch.bfloat16
     work = [t.float() if widen and t.dtype == h.dtype else t for t in tensors]
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once):
             kernel[min(at_once, row_blocks - first), n_units // units](
-                *work,
-                n_steps,
-                n_sequences,
-                n_units,
-                *threshold_and_scale(p),
-                seed,
-                arrived,
-                rows,
-                first,
-                G,
-                tile,
-                units,
-                K,
-                precision,
-                **options,
-            )
+                *work, n_steps, n_sequences, n_units, arrived, rows, first,
+                G, tile, units, K, precision, **options,
+            )  # fmt: skip
     if widen:
         torch._foreach_copy_(tensors[:2], work[:2])
-
-
-def launch_sequence(
-    from_input: Tensor,
-    weight: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    lengths: Tensor,
-    p: float,
-    seed: Tensor,
-    early: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    n_steps, n_sequences, _, n_units = from_input.shape
-    G, n_real = (len(weight), h0.shape[1])
-    gates = from_input.clone(memory_format=torch.contiguous_format)
-    gates[..., n_real:] = 0
-    h = gates.new_empty(n_steps + 1, n_sequences, n_units)
-    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
-    masked = h.new_empty(2, G, n_sequences, n_units)
-    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
-    tensors = (gates, h, c, masked, weight.contiguous(), lengths)
-    launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early)
-    return (h, c, gates)
-
-
-def plain_loop(from_input, weight, h, c, masks):
-    outputs = []
-    for step in from_input:
-        product = torch.bmm(masks * h, weight.mT).transpose(0, 1)
-        i, f, g, o = (step + product.reshape(step.shape)).unbind(1)
-        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        h = o.sigmoid() * c.tanh()
-        outputs.append(h)
-    return torch.stack(outputs)
 
 
 # %%
@@ -357,10 +157,10 @@ def plain_loop(from_input, weight, h, c, masks):
 # Predict it first
 # ----------------
 #
-# In the forward pass, a program with R sequences and N units read R × H numbers of the state and
-# 4N × H of U. Now it reads R × 4H numbers of :math:`\delta` and 4N × H of U. With R = 40 and N = 16
-# that is 224 × H instead of 104 × H. The barrier and the number of multiplications are the same as
-# before. How much longer will a step take?
+# In the forward pass, a program with R sequences and N units reads R × H numbers of the state and 4N
+# × H of U. Now it reads R × 4H numbers of :math:`\delta` and 4N × H of U. With R = 40 and N = 16
+# that is 224 × H instead of 104 × H. :ref:`sequence lstm` printed at what rate the forward pass
+# reads with many units. If that rate is the most that L2 gives, how long will a step take now?
 #
 # The kernel
 # ----------
@@ -374,10 +174,9 @@ def sequence_backward_kernel(
     d_gates_ptr,  # (T + 1, B, 4, H): the gradients of the gates' arguments; row T is 0
     d_cell_ptr,  # (B, H): the gradient of c before the first step
     dh_ptr, dc_ptr,  # (T + 1, B, H): gradients of the outputs
-    gates_ptr, c_ptr,
+    gates_ptr, c_ptr, masks_ptr,
     weight_ptr,  # (H, 4, H): U transposed, so row u is the column of unit u
-    lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr,
-    arrived_ptr, rows, first_block,
+    lengths_ptr, n_steps, n_sequences, n_units, arrived_ptr, rows, first_block,
     G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -387,12 +186,12 @@ def sequence_backward_kernel(
     exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
     length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
-    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
     state = sequence * n_units + unit
     plane = n_sequences.to(tl.int64) * n_units
     d_cell = tl.zeros((ROWS, UNITS), c_ptr.dtype.element_ty)
-    if d_cell.dtype != tl.float64:
-        scale = tl.cast(scale, tl.float32)
+    keep = ()
+    for part in tl.static_range(G):
+        keep += (tl.load(masks_ptr + part * plane + state, mask=exists, other=0.0),)
     width = 4 * n_units // G
     k = tl.arange(0, K)
     u_ptr = weight_ptr + unit.to(tl.int64) * 4 * n_units + k[:, None]
@@ -419,8 +218,7 @@ def sequence_backward_kernel(
                 d = tl.load(d_ptr + first, exists, 0.0, cache_modifier=".cg")
                 u = tl.load(u_ptr + first)
                 product = tl.dot(d, u, product, PRECISION, out_dtype=d_cell.dtype)
-            kept = words[part].to(tl.int64) >= threshold
-            from_next += tl.where(kept, product * scale, 0.0)
+            from_next += product * keep[part]
 
         active = exists & (t < length)
         i, f, g, o = i.to(dc.dtype), f.to(dc.dtype), g.to(dc.dtype), o.to(dc.dtype)
@@ -453,10 +251,7 @@ BACKWARD_TILES = [
 ]
 
 
-def launch_sequence_backward(
-    dh: Tensor, dc: Tensor, gates: Tensor, weight: Tensor, h: Tensor, c: Tensor,
-    lengths: Tensor, n_real: int, p: float, seed: Tensor, early: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def launch_sequence_backward(dh, dc, gates, weight, h, c, lengths, masks, early=0):
     """The gradients of ``from_input``, ``weight``, ``h0`` and ``c0``."""
     n_steps, n_sequences, _, n_units = gates.shape
     G, U = len(weight), weight.reshape(4 * n_units, n_units)
@@ -464,39 +259,54 @@ def launch_sequence_backward(
     d_gates[n_steps] = 0  # no step comes after the last one
     d_cell = torch.zeros_like(c[0])
     gradients = d_gates, d_cell, dh.contiguous(), dc.contiguous()
-    tensors = *gradients, gates, c, U.T.contiguous(), lengths
-    how = sequence_backward_kernel, BACKWARD_TILES, h, p, seed, G
-    launch_all_steps(*how, *tensors, early=early)
+    tensors = *gradients, gates, c, masks, U.T.contiguous(), lengths
+    launch_all_steps(
+        sequence_backward_kernel, BACKWARD_TILES, h, G, *tensors, early=early
+    )
     by_mask = d_gates.view(n_steps + 1, n_sequences, G, 4 * n_units // G)
-    masked = launch_gate_dropout(h[:-1].expand(G, -1, -1, -1), p, seed).flatten(1, 2)
-    d_weight = torch.bmm(by_mask[:-1].flatten(0, 1).permute(1, 2, 0), masked)
+    masked = torch.mul(h[:-1], masks[:, None], out=h.new_empty(G, *h[:-1].shape))
+    by_row = by_mask[:-1].flatten(0, 1).permute(1, 2, 0)
+    d_weight = torch.bmm(by_row, masked.flatten(1, 2))
     d_masked = torch.bmm(by_mask[0].transpose(0, 1), weight)
-    dh0 = launch_gate_dropout(d_masked[:, None], p, seed).sum(dim=0)[0] + dh[0]
-    dc0 = d_cell + dc[0]
-    return d_gates[:-1], d_weight, dh0[:, :n_real].clone(), dc0[:, :n_real].clone()
+    dh0 = dh[0] + (d_masked * masks).sum(dim=0).to(dh.dtype)
+    return d_gates[:-1], d_weight, dh0, d_cell + dc[0]
 
 
 # %%
 # Is it right?
 # ------------
 #
-# Compare with PyTorch's gradients of the plain loop, in float64.
+# Run the forward pass as a plain loop, which keeps all states and gates, and compare with its
+# gradients by PyTorch, in float64.
+
+
+def plain_loop(from_input, weight, h0, c0, masks):
+    """h and c before each step and after the last, and the gates' values."""
+    h, c, gates = [h0], [c0], []
+    for step in from_input:
+        product = torch.bmm(masks * h[-1], weight.mT).transpose(0, 1)
+        i, f, g, o = (step + product.reshape(step.shape)).unbind(1)
+        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+        c.append(f * c[-1] + i * g)
+        h.append(o * c[-1].tanh())
+        gates.append(torch.stack([i, f, g, o], dim=1))
+    return torch.stack(h), torch.stack(c), torch.stack(gates)
+
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    T, B, H, p = 4, 35, 16 if INTERPRET else 128, 0.3
-    seed, lengths = torch.tensor([7], device=DEVICE), torch.full((B,), T, device=DEVICE)
+    T, B, H = 4, 35, 16 if INTERPRET else 128
+    lengths = torch.full((B,), T, device=DEVICE)
     for G in (4, 1):
         sizes = (T, B, 4, H), (G, 4 * H // G, H), (B, H), (B, H)
         inputs = [torch.randn(size, device=DEVICE, dtype=torch.float64) for size in sizes]
-        masks = launch_gate_dropout(inputs[0].new_ones(G, 1, B, H), p, seed)[:, 0]
-        _, pull_back = torch.func.vjp(lambda *x: plain_loop(*x, masks), *inputs)
-        h, c, gates = launch_sequence(*inputs, lengths, p, seed)
-        dh = torch.randn_like(h)
-        dh[0] = 0  # the state before the first step is no output
-        saved = gates, inputs[1], h, c, lengths, H, p, seed
-        gradients = launch_sequence_backward(dh, torch.zeros_like(c), *saved)
-        wanted = pull_back(dh[1:])
+        masks = dropout(inputs[0].new_ones(G, B, H), 0.3)
+        loop = lambda *inputs: plain_loop(*inputs, masks)  # noqa: E731
+        (h, c, gates), pull_back = torch.func.vjp(loop, *inputs)
+        dh, dc = torch.randn_like(h), torch.randn_like(c)
+        saved = gates, inputs[1], h, c, lengths, masks
+        gradients = launch_sequence_backward(dh, dc, *saved)
+        wanted = pull_back((dh, dc, torch.zeros_like(gates)))
         torch.testing.assert_close(gradients, wanted)
         error = max((a - b).abs().max() for a, b in zip(gradients, wanted, strict=True))
         print(f"{G} masks: gradients within {error:.0e} of the loop's")
@@ -505,14 +315,13 @@ if __name__ == "__main__":
 # Was the prediction right?
 # -------------------------
 #
-# Time a step of either pass, with 70 steps and a batch of 80, captured in a CUDA graph. The
-# backward pass includes the large product for the gradient of U, and so does the line of the
-# products alone.
+# Time a step, with 70 steps and a batch of 80, captured in a CUDA graph. As before, a second line
+# shows the same launch when no program waits. Both include the large product for the gradient of U,
+# and so does the line of the products alone.
 
 LINES = {
     "backward": ("#d55e00", "-"),
     "backward, nobody waits": ("#d55e00", ":"),
-    "forward": ("#d55e00", "-."),
     "products alone, backward": ("#555555", "--"),
 }
 
@@ -526,18 +335,18 @@ LINES = {
 @torch.no_grad()
 def benchmark(n_units, line):
     like = {"device": DEVICE, "dtype": torch.bfloat16}
-    x = torch.randn(70, 80, 4, n_units, **like)
-    U = torch.randn(4 * n_units, n_units, **like) / 30
-    state, lengths = x.new_zeros(80, n_units), torch.full((80,), 70, device=DEVICE)
-    rest = lengths, 0.3, torch.tensor([7], device=DEVICE)
-    h, c, gates = launch_sequence(x, U[None], state, state.float(), *rest)
-    saved = gates, U[None], h, c, lengths, n_units, *rest[1:]
-    dh, dc, d = torch.randn_like(h), torch.zeros_like(c), x.flatten(0, 1).flatten(1)
+    gates, U = (
+        torch.rand(70, 80, 4, n_units, **like),
+        torch.randn(4 * n_units, n_units, **like),
+    )
+    h, dh = torch.randn(2, 71, 80, n_units, **like)
+    c, dc, masks = h.float(), dh.float(), dropout(torch.ones_like(h[:1].float()), 0.3)
+    lengths, d = torch.full((80,), 70, device=DEVICE), gates.flatten(0, 1).flatten(1)
+    saved = dh, dc, gates, U[None], h, c, lengths, masks
     run = dict(zip(LINES, (
-        lambda: launch_sequence_backward(dh, dc, *saved),
-        lambda: launch_sequence_backward(dh, dc, *saved, early=10**9),
-        lambda: launch_sequence(x, U[None], state, state.float(), *rest),
-        lambda: (*(linear(d[:80], U.T) for _ in range(70)), d.T @ h[1:].flatten(0, 1)),
+        lambda: launch_sequence_backward(*saved),
+        lambda: launch_sequence_backward(*saved, early=10**9),
+        lambda: ([d[:80] @ U for _ in range(70)], d.T @ h[1:].flatten(0, 1)),
     ), strict=True))[line]  # fmt: skip
     run()
     gc.collect()  # freeing an earlier graph during a capture would spoil it
@@ -549,85 +358,25 @@ def benchmark(n_units, line):
 
 if __name__ == "__main__" and not INTERPRET:
     times = benchmark.run(show_plots=True, return_df=True)
-    for n, backward, _, forward, products in times.values:
-        print(f"{n:.0f} units: {backward / forward:.2f} times the forward pass,", end="")
+    for n, backward, busy, products in times.values:
+        tile, units, row_blocks, *_ = blocks_for(BACKWARD_TILES, 80, int(n), DEVICE)
+        n_bytes = row_blocks * (n // units) * (320 / row_blocks + 4 * units) * n * 2
+        print(f"{n:.0f} units: {n_bytes / 2**20:.1f} MiB a step", end="")
+        print(f" are {n_bytes / busy / 1e6:.1f} TB/s if nobody waits;", end="")
         print(f" {backward / products:.2f} times the products alone")
 
 # %%
-# Compare your prediction with the first printed ratio. It is more than 1, since more numbers are
-# read, but below 224 / 104, since the rest of a step costs the same as before. With many units the
-# dotted line comes close to the solid one: the time goes into reading, not into waiting.
+# Compare the printed rates with those of the forward pass. With many units they are about the same,
+# so the bytes predict the time: L2 delivers no more, whatever the kernel does with the numbers. The
+# dotted line comes close to the solid one, since the time goes into reading, not into waiting.
 #
 # Could the kernel read less? A program that kept its columns of U on the chip would read only
 # :math:`\delta`. Persistent kernels in CUDA do that (see the references). A Triton kernel can't say
 # what stays in registers from one step to the next.
 #
-# As a public function
-# --------------------
+# :ref:`lstm module` makes both launches known to autograd and to ``torch.compile``, adds what a
+# module needs, and compares it with cuDNN's LSTM.
 #
-# A ``Function`` makes both launches known to autograd, and custom operators make them known to
-# ``torch.compile``; see :ref:`operators`. Second derivatives and forward mode raise errors.
-# :ref:`lstm module` adds what a module needs, checks its arguments, and compares it with cuDNN's
-# LSTM.
-
-lstm_sequence_op = torch.library.custom_op(
-    "fast_and_right::lstm_sequence", launch_sequence, mutates_args=()
-)
-lstm_sequence_backward_op = torch.library.custom_op(
-    "fast_and_right::lstm_sequence_backward", launch_sequence_backward, mutates_args=()
-)
-
-
-@lstm_sequence_op.register_fake
-def _(from_input, weight, h0, c0, lengths, p, seed, early=0):
-    n_steps, n_sequences, _, n_units = from_input.shape
-    h = from_input.new_empty(n_steps + 1, n_sequences, n_units)
-    c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    return h, c, from_input.new_empty(from_input.shape)
-
-
-@lstm_sequence_backward_op.register_fake
-def _(dh, dc, gates, weight, h, c, lengths, n_real, p, seed, early=0):
-    states = h[0, :, :n_real], c[0, :, :n_real]
-    return tuple(t.new_empty(t.shape) for t in (gates, weight, *states))
-
-
-class LSTMSequenceBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(dh, dc, gates, weight, h, c, lengths, n_real, p, seed):
-        compiling = torch.compiler.is_compiling()
-        run = lstm_sequence_backward_op if compiling else launch_sequence_backward
-        return run(dh, dc, gates, weight, h, c, lengths, n_real, p, seed)
-
-    setup_context = staticmethod(lambda ctx, inputs, output: None)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise RuntimeError("LSTM has no second derivatives")
-
-
-class LSTMSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(from_input, weight, h0, c0, lengths, p, seed):
-        run = lstm_sequence_op if torch.compiler.is_compiling() else launch_sequence
-        return run(from_input, weight, h0, c0, lengths, p, seed)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, weight, h0, _, lengths, ctx.p, seed = inputs
-        h, c, gates = output
-        ctx.n_real = h0.shape[1]
-        ctx.mark_non_differentiable(gates)
-        ctx.save_for_backward(gates, weight, h, c, lengths, seed)
-
-    @staticmethod
-    def backward(ctx, dh, dc, _):
-        *saved, seed = ctx.saved_tensors
-        arguments = dh, dc, *saved, ctx.n_real, ctx.p, seed
-        return *LSTMSequenceBackward.apply(*arguments), None, None, None
-
-
-# %%
 # Exercises
 # ---------
 #
@@ -643,9 +392,9 @@ class LSTMSequence(torch.autograd.Function):
 #       what that one is reading. With two buffers, it overwrites what was read one step earlier.
 #       All programs have arrived since then, so they have finished reading that. The backward
 #       kernel writes a new row of :math:`\delta` in each step.
-#    2. ``launch_gate_dropout`` masks h again, with the same seed. If the forward pass kept the masked
-#       states, they would take G times the memory of h until the backward pass. Drawn again, they
-#       exist only while the product runs.
+#    2. h and the masks are kept, so h is masked again, for all steps at once. If the forward pass
+#       kept the masked states, they would take G times the memory of h until the backward pass.
+#       Now they exist only while the product runs.
 #
 # References
 # ----------

@@ -53,12 +53,11 @@ if __name__ == "__main__":
 # Repeated
 # --------
 #
-# The functions of :ref:`fused lstm` that this lesson needs, so that its notebook runs alone. You have
-# read them.
+# The one function of :ref:`fused lstm` that this lesson needs, so that its notebook runs alone.
 
 import gc
 
-from torch.nn.functional import linear, pad
+from torch.nn.functional import dropout, linear
 
 
 @triton.jit
@@ -71,63 +70,6 @@ def tanh(x):
     series = s * (-1 / 3 + s * (2 / 15 + s * (-17 / 315 + s * series)))
     t = tl.where(s < 0.04, tl.abs(x) * (1 + series), far)
     return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def gate_dropout_kernel(
-    y_ptr,
-    x_ptr,
-    gate_stride,
-    n_rows,
-    n_sequences,
-    n_units,
-    threshold,
-    scale: tl.float64,
-    seed_ptr,
-    G: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = unit < n_units
-    words = tl.randint4x(tl.load(seed_ptr), row % n_sequences << 32 | unit)
-    if x_ptr.dtype.element_ty != tl.float64:
-        scale = tl.cast(scale, tl.float32)
-    for k in tl.static_range(G):
-        x = tl.load(x_ptr + row * n_units + unit, mask=inside)
-        kept = tl.where(words[k].to(tl.int64) >= threshold, x * scale, 0.0)
-        tl.store(y_ptr + (k * n_rows + row) * n_units + unit, kept, mask=inside)
-        x_ptr += gate_stride
-
-
-BLOCK = 128
-
-
-def threshold_and_scale(p):
-    return (round(p * 2**32), 1 / (1 - p) if p < 1 else 0.0)
-
-
-def launch_gate_dropout(x, p, seed):
-    G, n_steps, n_sequences, n_units = x.shape
-    if x.stride()[1:] != (n_sequences * n_units, n_units, 1):
-        x = x.contiguous()
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if y.numel() > 0:
-        rows = n_steps * n_sequences
-        with torch.cuda.device_of(x):
-            gate_dropout_kernel[rows, triton.cdiv(n_units, BLOCK)](
-                y,
-                x,
-                x.stride(0),
-                rows,
-                n_sequences,
-                n_units,
-                *threshold_and_scale(p),
-                seed,
-                G,
-                BLOCK,
-            )
-    return y
 
 
 # %%
@@ -202,9 +144,9 @@ def sequence_kernel(
     gates_ptr,  # (T, B, 4, H): what the inputs gave, replaced by the gates' values
     h_ptr, c_ptr,  # (T + 1, B, H): row t is the state before step t
     masked_ptr,  # (2, G, B, H): the masked state, for even and for odd steps
+    masks_ptr,  # (G, B, H)
     weight_ptr,  # (4, H, H)
-    lengths_ptr, n_steps, n_sequences, n_units, threshold, scale: tl.float64, seed_ptr,
-    arrived_ptr, rows, first_block,
+    lengths_ptr, n_steps, n_sequences, n_units, arrived_ptr, rows, first_block,
     G: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -214,12 +156,12 @@ def sequence_kernel(
     exists = sequence < tl.minimum((block + 1) * rows, n_sequences)
     unit = tl.program_id(1) * UNITS + tl.arange(0, UNITS)[None, :]
     length = tl.load(lengths_ptr + sequence, mask=exists, other=0)
-    words = tl.randint4x(tl.load(seed_ptr), (sequence << 32) | unit)
     state = sequence * n_units + unit
     plane = n_sequences.to(tl.int64) * n_units
     c = tl.load(c_ptr + state, mask=exists, other=0.0)  # float32 or float64
-    if c.dtype != tl.float64:
-        scale = tl.cast(scale, tl.float32)
+    keep = ()
+    for part in tl.static_range(G):
+        keep += (tl.load(masks_ptr + part * plane + state, mask=exists, other=0.0),)
 
     # The four rows of U of a unit become neighbouring columns, so that one product does all gates.
     k = tl.arange(0, K)
@@ -259,9 +201,8 @@ def sequence_kernel(
         c = tl.where(active, f * c + i * g, 0.0)
         h = o * tanh(c)
         for part in tl.static_range(G):
-            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0)
             next_ptr = masked_ptr + ((t + 1) % 2 * G + part) * plane
-            tl.store(next_ptr + state, kept, mask=exists)
+            tl.store(next_ptr + state, h * keep[part], mask=exists)
         arrive(arrived_ptr)
         tl.store(gate, i, mask=exists)
         tl.store(gate + n_units, f, mask=exists)
@@ -308,7 +249,7 @@ def blocks_for(tiles, n_sequences, n_units, device):
     return tile, units, row_blocks, at_once, options
 
 
-def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
+def launch_all_steps(kernel, tiles, h, G, *tensors, early=0):
     n_steps, n_sequences, n_units = len(h) - 1, *h.shape[1:]
     if n_steps == 0 or n_sequences == 0:
         return
@@ -323,26 +264,23 @@ def launch_all_steps(kernel, tiles, h, p, seed, G, *tensors, early=0):
     with torch.cuda.device_of(h):
         for first in range(0, row_blocks, at_once):
             kernel[min(at_once, row_blocks - first), n_units // units](
-                *work, n_steps, n_sequences, n_units, *threshold_and_scale(p), seed,
-                arrived, rows, first, G, tile, units, K, precision, **options,
+                *work, n_steps, n_sequences, n_units, arrived, rows, first,
+                G, tile, units, K, precision, **options,
             )  # fmt: skip
     if widen:
         torch._foreach_copy_(tensors[:2], work[:2])  # what the kernels return
 
 
-def launch_sequence(from_input, weight, h0, c0, lengths, p, seed, early=0):
+def launch_sequence(from_input, weight, h0, c0, lengths, masks, early=0):
     """h and c before each step and after the last, and the gates' values."""
     n_steps, n_sequences, _, n_units = from_input.shape
-    G, n_real = len(weight), h0.shape[1]
     gates = from_input.clone(memory_format=torch.contiguous_format)
-    gates[..., n_real:] = 0  # the added units: an infinite input made them NaN
     h = gates.new_empty(n_steps + 1, n_sequences, n_units)
     c = torch.empty_like(h, dtype=torch.promote_types(h.dtype, torch.float32))
-    h[0], c[0] = (pad(state, (0, n_units - n_real)) for state in (h0, c0))
-    masked = h.new_empty(2, G, n_sequences, n_units)
-    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
-    tensors = gates, h, c, masked, weight.contiguous(), lengths
-    launch_all_steps(sequence_kernel, TILES, h, p, seed, G, *tensors, early=early)
+    masked = h.new_empty(2, *masks.shape)
+    h[0], c[0], masked[0] = h0, c0, h0 * masks
+    tensors = gates, h, c, masked, masks, weight.contiguous(), lengths
+    launch_all_steps(sequence_kernel, TILES, h, len(masks), *tensors, early=early)
     return h, c, gates
 
 
@@ -367,16 +305,16 @@ def plain_loop(from_input, weight, h, c, masks):
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    T, B, H, p = 4, 35, 16 if INTERPRET else 128, 0.3
-    seed, lengths = torch.tensor([7], device=DEVICE), torch.full((B,), T, device=DEVICE)
+    T, B, H = 4, 35, 16 if INTERPRET else 128
+    lengths = torch.full((B,), T, device=DEVICE)
     for G in (4, 1):
         sizes = (T, B, 4, H), (G, 4 * H // G, H), (B, H), (B, H)
         inputs = [torch.randn(size, device=DEVICE, dtype=torch.float64) for size in sizes]
-        masks = launch_gate_dropout(inputs[0].new_ones(G, 1, B, H), p, seed)[:, 0]
-        h, _, _ = launch_sequence(*inputs, lengths, p, seed)
+        masks = dropout(inputs[0].new_ones(G, B, H), 0.3)
+        h, _, _ = launch_sequence(*inputs, lengths, masks)
         wanted = plain_loop(*inputs, masks)
         torch.testing.assert_close(h[1:], wanted)
-        assert torch.equal(h, launch_sequence(*inputs, lengths, p, seed)[0])
+        assert torch.equal(h, launch_sequence(*inputs, lengths, masks)[0])
         error = (h[1:] - wanted).abs().max()
         print(f"{G} masks: outputs within {error:.0e} of the loop's; twice the same bits")
 
@@ -424,8 +362,8 @@ def benchmark(n_units, line):
     x = torch.randn(70, 80, 4, n_units, **like)
     U = torch.randn(4 * n_units, n_units, **like) / 30
     state, lengths = x.new_zeros(80, n_units), torch.full((80,), 70, device=DEVICE)
-    seed = torch.tensor([7], device=DEVICE)
-    sequence = x, U[None], state, state.float(), lengths, 0.3, seed
+    masks = dropout(state.float(), 0.3)[None]
+    sequence = x, U[None], state, state.float(), lengths, masks
     lstm, inputs = torch.nn.LSTM(8, n_units).to(**like), torch.randn(70, 80, 8, **like)
     run = dict(zip(LINES, (
         lambda: launch_sequence(*sequence), lambda: launch_sequence(*sequence, early=10**9),
@@ -462,37 +400,42 @@ if __name__ == "__main__" and not INTERPRET:
 # ---------
 #
 # 1. Replace recurrent dropout by zoneout (Krueger et al., 2017): at each step, a unit keeps its old c
-#    with probability p, and independently its old h.
+#    with probability p, and independently its old h. Let ``masks`` have shape (T, 2, B, H), with 1
+#    where the old value stays.
 # 2. Move ``arrive`` below the stores of the gates, of c and of h, and measure. Then move the four
 #    loads of the gates below ``wait``. Why does the order matter?
 #
 # .. note::
 #    Try it first.
 #
-#    1. A program has to keep its old h, too. It draws new words at each step, so the step enters
-#       the counter. The state that enters the product is no longer masked.
+#    1. A program has to keep its old h, too. The state that enters the product is no longer masked.
 #
 #       .. code-block:: diff
 #
 #          @@ in sequence_kernel
-#          -    c = tl.load(c_ptr + state, mask=exists, other=0.0)  # float32 or float64
-#          +    c = tl.load(c_ptr + state, mask=exists, other=0.0)  # float32 or float64
+#          -    keep = ()
+#          -    for part in tl.static_range(G):
+#          -        keep += (tl.load(masks_ptr + part * plane + state, mask=exists, other=0.0),)
 #          +    h = tl.load(h_ptr + state, mask=exists, other=0.0).to(c.dtype)
 #          @@
 #          -        c = tl.where(active, f * c + i * g, 0.0)
 #          -        h = o * tanh(c)
-#          +        drawn = (t + 1) * n_sequences + sequence
-#          +        drawn = tl.randint4x(tl.load(seed_ptr), (drawn << 32) | unit)
+#          +        zoned = masks_ptr + t * 2 * plane + state
 #          +        new = f * c + i * g
-#          +        c = tl.where(drawn[0].to(tl.int64) >= threshold, new, c)
-#          +        h = tl.where(drawn[1].to(tl.int64) >= threshold, o * tanh(new), h)
+#          +        c = tl.where(tl.load(zoned, mask=exists, other=0) != 0, c, new)
+#          +        h = tl.where(tl.load(zoned + plane, mask=exists, other=0) != 0, h, o * tanh(new))
 #          +        c, h = tl.where(active, c, 0.0), tl.where(active, h, 0.0)
 #          @@
-#          -            kept = tl.where(words[part].to(tl.int64) >= threshold, h * scale, 0.0)
-#          +            kept = h
+#          -            tl.store(next_ptr + state, h * keep[part], mask=exists)
+#          +            tl.store(next_ptr + state, h, mask=exists)
 #          @@ in launch_sequence
-#          -    masked[0] = launch_gate_dropout(h[:1].expand(G, -1, -1, -1), p, seed)[:, 0]
-#          +    masked[0] = h[0]
+#          -    masked = h.new_empty(2, *masks.shape)
+#          -    h[0], c[0], masked[0] = h0, c0, h0 * masks
+#          +    masked = h.new_empty(2, len(weight), *h0.shape)
+#          +    h[0], c[0], masked[0] = h0, c0, h0
+#          @@
+#          -    launch_all_steps(sequence_kernel, TILES, h, len(masks), *tensors, early=early)
+#          +    launch_all_steps(sequence_kernel, TILES, h, len(weight), *tensors, early=early)
 #
 #    2. The results stay the same, and each step takes longer. The other programs wait for
 #       everything before ``arrive``, and loads after ``wait`` begin only when it ends. Both add to
