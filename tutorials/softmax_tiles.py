@@ -425,14 +425,8 @@ class TileSoftmax(torch.autograd.Function):
         return launch_tile_backward(dy, y)
 
 
+# Function.apply looks up the arguments' names, which costs more than the rest of the call.
 quick_apply = super(torch.autograd.Function, TileSoftmax).apply
-
-
-def apply(x):
-    # Function.apply looks up the arguments' names, which costs more than the rest of the call.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return TileSoftmax.apply(x)
-    return quick_apply(x)
 
 
 def tile_softmax(x):
@@ -459,7 +453,8 @@ def tile_softmax(x):
         )
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    return apply(x)
+    slow = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (TileSoftmax.apply if slow else quick_apply)(x)
 
 
 if __name__ == "__main__":
