@@ -241,11 +241,9 @@ def launch_slices(kernel, lag_bytes, *inputs):
     WORDS = max(triton.next_power_of_2(SLICES), WARP * num_warps)
     word = torch.int64 if itemsize == 8 else torch.int32
     stats = torch.full((2 * n_slices + 2,), -1, dtype=word, device=out.device)
+    sizes = n_slices, lag, n_cols, SLICES, WORDS, BLOCK, VECTOR, EDGES
     with torch.cuda.device_of(out):  # the GPU that holds the data
-        kernel[(n_slices + lag,)](
-            out, *inputs, stats, n_slices, lag, n_cols,
-            SLICES, WORDS, BLOCK, VECTOR, EDGES, num_warps=num_warps,
-        )  # fmt: skip
+        kernel[(n_slices + lag,)](out, *inputs, stats, *sizes, num_warps=num_warps)
     return out
 
 
@@ -349,7 +347,8 @@ if __name__ == "__main__" and not INTERPRET:
     print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
 # %%
-# The right end comes down to about two thirds of the copy, which confirms the count.
+# The right end comes down to about two thirds of the copy, which confirms the count. The speed falls
+# before the lag is as large as the cache, which also holds what is written.
 #
 # Is it fast?
 # -----------
