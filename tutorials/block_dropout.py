@@ -254,8 +254,8 @@ if __name__ == "__main__":
 #
 # Only the last way draws the same mask for all numbers of ranks. Now we cut blocks at awkward
 # places out of a tensor of three dimensions. Each has to equal the same piece of the whole result,
-# element for element. Then comes a block of a tensor of 2^45 elements, which fits on no GPU. The
-# right half of this block, drawn alone, has to be the same again.
+# bit for bit. Then comes a block of a tensor of 2^45 elements, which fits on no GPU. The right half
+# of this block, drawn alone, has to be the same again.
 
 if __name__ == "__main__":
     shape = [6, 7, 13]
@@ -281,27 +281,21 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# The kernel moves as many bytes as a copy, and draws as many words as that of
-# :ref:`seeded dropout`, so it should be as fast. We measure blocks of 8192 columns, as one rank of
-# eight would hold them: an eighth of the rows of a matrix, whose places have no gaps, and an eighth
-# of the columns.
+# The kernel moves as many bytes as a copy. We measure blocks of 8192 columns, as one rank of eight
+# would hold them: an eighth of the rows of a matrix, whose places have no gaps, and an eighth of the
+# columns.
 
 
 @triton.testing.perf_report(
     [
         triton.testing.Benchmark(
-            x_names=["n_elements"],
-            x_vals=[2**i for i in range(18, 29, 2)],
-            x_log=True,
-            line_arg="block",
-            line_vals=["rows", "columns", "odd", "torch", "copy"],
+            x_names=["n_elements"], x_vals=[2**i for i in range(18, 29, 2)], x_log=True,
+            line_arg="block", line_vals=["rows", "columns", "odd", "torch", "copy"],
             line_names=["rows", "columns", "odd columns", "F.dropout", "copy"],
             styles=[("#d55e00", "-"), ("#d55e00", "--"), ("#d55e00", ":"),
                     ("#0072b2", "-"), ("#555555", "--")],
-            xlabel=f"elements of the block, {dtype}\n{MACHINE}",
-            ylabel="GB/s",
-            plot_name=f"block-dropout-{dtype}",
-            args={"dtype": getattr(torch, dtype)},
+            xlabel=f"elements of the block, {dtype}\n{MACHINE}", ylabel="GB/s",
+            plot_name=f"block-dropout-{dtype}", args={"dtype": getattr(torch, dtype)},
         )
         for dtype in ("float32", "bfloat16")
     ]
@@ -336,11 +330,12 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"Of the copy's speed, in the last line: {shares} for the three blocks.\n")
 
 # %%
-# On an H100, rows and columns are about as fast as the copy in both dtypes. Odd columns need more
-# arithmetic: eight elements of bfloat16 take three calls of Philox instead of two, and four
-# elements of float32 take two instead of one. That shows most in bfloat16, where they are still
-# faster than ``F.dropout``. On the left all lines fall, because there a launch takes longer than the
-# work.
+# Rows and columns of large blocks are about as fast as the copy, except in bfloat16 on an H200, which
+# has the arithmetic of an H100 and faster memory: there they reach about four fifths of it. Odd
+# columns need more arithmetic: eight elements of bfloat16 take three calls of Philox instead of two,
+# and four elements of float32 take two instead of one. That shows most in bfloat16, but large blocks
+# of them are still faster than ``F.dropout``, on an H200 only just. On the left all lines fall,
+# because there a launch takes longer than the work.
 #
 # As a public function
 # --------------------
@@ -373,14 +368,8 @@ class BlockDropout(torch.autograd.Function):
         return BlockDropout.apply(gradient, *arguments), None, None, None, None
 
 
+# Function.apply is slow, because it looks up names for the compiler and torch.func.
 quick_apply = super(torch.autograd.Function, BlockDropout).apply
-
-
-def apply(*arguments):
-    # Function.apply is slow, because it looks up names for the compiler and torch.func.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return BlockDropout.apply(*arguments)
-    return quick_apply(*arguments)
 
 
 def block_dropout(x, p, seed, shape, offsets):
@@ -440,6 +429,8 @@ def block_dropout(x, p, seed, shape, offsets):
                 f"and block {list(x.shape)} in shape {shape}"
             )
     signed = int(seed) - 2**64 if seed >= 2**63 else int(seed)
+    slow = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    apply = BlockDropout.apply if slow else quick_apply
     return apply(x, float(p), signed, shape, offsets)
 
 

@@ -297,11 +297,10 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # "Eager" is the naive version as PyTorch runs it, one operator after another. It moves :math:`8MN`
-# elements instead of :math:`2MN`, so the count predicts a quarter of the copy's speed. On an H100,
-# wide rows reach a little less than that, so the count explains most of the time. TorchScript fuses
-# some of the five operators, and is faster. The distance from our kernel up to the copy is all that
-# a better kernel could still gain. (A line can lie a little above the copy, which is a kernel like
-# others.)
+# elements instead of :math:`2MN`, so the count predicts a quarter of the copy's speed. Wide rows
+# reach about a fifth, so the count explains most of the time. TorchScript fuses some of the five
+# operators, and is faster. The distance from our kernel up to the copy is all that a better kernel
+# could still gain. (A line can lie a little above the copy, which is a kernel like others.)
 #
 # On the left of the figure all lines fall. The matrix is small there, and a kernel needs a few
 # millionths of a second to start and to end, however little it moves. You will see this on the left

@@ -457,13 +457,13 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # The solid lines are the GPU's own time, and their ratio is what ``WeightDrop`` costs it. On an
-# H100 that is only a few per cent at every number of units. The dotted lines contain the CPU's time
-# as well. With few units the GPU is done with a step before the CPU has launched the next one, and
+# H100 and an H200 that is only a few per cent. The dotted lines contain the CPU's time as well.
+# With few units the GPU is done with a step before the CPU has launched the next one, and
 # ``WeightDrop`` has more to launch. These ratios differ between machines, and between runs on the
 # same machine, so don't conclude anything from a single one.
 #
 # In bfloat16, ``torch.nn.LSTM`` itself copies its weights side by side in each call (it warns about
-# that), so only float32 shows what the copies cost. On an H100, 1150 units take longer than 1536,
+# that), so only float32 shows what the copies cost. On both GPUs 1150 units take longer than 1536,
 # because tensor cores want rows that begin at multiples of 16 bytes, and rows of 1150 numbers
 # don't. :ref:`lstm module` avoids that.
 #

@@ -423,8 +423,8 @@ if __name__ == "__main__" and not INTERPRET:
     print(tabulate(rows, headers, floatfmt=".0f"))
 
 # %%
-# On the left of the figure the lines are level: that is the CPU's time. On the right they meet,
-# because the GPU takes longer, and the price of a call no longer matters.
+# On the left of the figure the lines are level: that is the CPU's time. On the right the GPU takes
+# longer, so our three ways meet, and the price of a call no longer matters.
 #
 # In the table, the difference between a row and ``bare`` is the price of that way. A ``Function``
 # adds little, and so does ``both``; ``Both.apply`` shows what the lookup of names would cost. The

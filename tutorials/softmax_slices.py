@@ -6,7 +6,7 @@ Softmax of rows that no program can hold
 
 You write a softmax for rows of any width, and each row comes from memory only once. A row of much
 more than 64 KiB does not fit into the registers of one program, so several programs share it: each
-takes a slice, and writes down what the others need to know.
+takes a slice, and writes down what the others need.
 
 You will learn
 
@@ -53,73 +53,64 @@ if __name__ == "__main__":
 # Two numbers for each slice
 # --------------------------
 #
-# Softmax needs the maximum and the sum of the whole row, but a program knows only its own slice. It
-# finds :math:`m_i`, the largest element of slice i, and :math:`s_i`, the slice's sum of
-# :math:`e^{x - m_i}`. That is enough. Once the row's maximum :math:`m` is known, a factor of
-# :math:`e^{m_i - m}` turns :math:`s_i` into the sum of :math:`e^{x - m}` (Milakov and Gimelshein,
-# 2018):
+# A program finds :math:`m_i`, the largest element of its slice i, and :math:`s_i`, the slice's sum of
+# :math:`e^{x - m_i}`. That is enough for the whole row. Once its maximum :math:`m` is known, a factor
+# of :math:`e^{m_i - m}` turns :math:`s_i` into the sum of :math:`e^{x - m}` (Milakov and
+# Gimelshein, 2018):
 #
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
-# So there are two steps: read all slices of a row to find :math:`m` and :math:`s`, then read them
-# again and write :math:`y`. For M rows with N columns that moves :math:`3MN` elements instead of
-# :math:`2MN`, which allows at most two thirds of a copy's speed.
+# So all slices of a row are read to find :math:`m` and :math:`s`, and again to write :math:`y`. With
+# M rows of N columns that moves :math:`3MN` elements instead of :math:`2MN`, which allows at most
+# two thirds of a copy's speed.
 #
 # Read it again while it is in the cache
 # --------------------------------------
 #
-# The GPU has a cache of tens of megabytes between its multiprocessors and its memory, *L2*, which
-# keeps what was used last. If the second read of a slice follows soon after the first, the data is
-# still there, and the second read is cheap. So one launch does both steps.
+# *L2*, the GPU's cache, keeps tens of megabytes of what was used last. If the second read of a slice
+# follows soon after the first, the data is still there. So one launch does both.
 #
 # We number the slices of all rows 0, 1, 2, ... Program t reads slice t for the first time and
 # writes its two numbers to memory. It also reads an older slice, t - ``lag``, for the second time,
-# and writes its part of :math:`y`. If ``lag`` is large enough, the whole row of the older slice has
-# been read by then. If ``lag`` is small enough, the older slice is still in the cache.
+# and writes its part of :math:`y`. If ``lag`` is large enough, the older slice's whole row has been
+# read by then. If it is small enough, the older slice is still in the cache.
 #
 # .. image:: /_static/softmax_slices.svg
-#    :alt: A strip of slices in the order of reading. Program t reads slice t from memory and writes its two numbers. It finishes slice t minus lag, which it reads again, from the cache, with the numbers of all slices of that row. The slices in between were read once and are still in the cache.
+#    :alt: A strip of slices. Program t reads slice t from memory, and slice t minus lag again, from the cache, which still holds those in between.
 #
 # Wait for numbers that are not there yet
 # ---------------------------------------
 #
-# Programs run side by side, so a program may need a number before another program has written it.
-# Then it has to wait. But how does it know whether the number is there? Before the launch we fill
-# ``stats``, the memory for the numbers, with a mark: all bits set, which is -1 as an integer and a
-# NaN as a floating-point number. A program loads all numbers of its older slice's row again and
-# again, until none of them is the mark. (If a result happens to have these bits, a NaN with other
-# bits is written in its place.) Three details make that work:
+# How does a program know whether a number has been written? Before the launch we fill ``stats``, the
+# memory for the numbers, with a mark: all bits set, which is -1 as an integer and a NaN as a
+# floating-point number. A program loads all numbers of its older slice's row again and again, until
+# none is the mark. Three details make that work:
 #
-# - A NaN is not equal to itself, so the mark has to be compared as an integer. So ``stats`` holds
-#   integers, and ``.to(..., bitcast=True)`` takes the same bits as a floating-point number, or the
-#   other way round.
-# - ``volatile`` makes the compiler load again each time instead of reusing the first value. It
-#   also skips L1, each multiprocessor's own small cache, which doesn't notice what others write.
-# - A plain ``tl.store`` writes what other programs are reading at that time. In general such a
-#   *race* is an error. Here it is safe, because the GPU writes an aligned word of 4 or 8 bytes as a
-#   whole, and a word that is still the mark has not been written. (Newer versions of Triton have
-#   ``tl.atomic_store``.)
+# - A NaN is not equal to itself, so ``stats`` holds integers, and ``.to(..., bitcast=True)`` takes
+#   the same bits as the other type.
+# - ``volatile`` makes the compiler load again each time, past L1, each multiprocessor's own cache,
+#   which doesn't notice what others write.
+# - A plain ``tl.store`` writes what other programs are reading. Such a *race* is usually an error. It
+#   is safe here, because the GPU writes an aligned word of 4 or 8 bytes as a whole.
 #
 # Take a ticket
 # -------------
 #
-# Could the programs wait for each other for ever? A GPU starts as many programs as fit, and another
-# one whenever one ends, and it promises no order. If the last programs started first, they would
-# fill the GPU and wait for programs that can't start.
+# Could the programs wait for each other for ever? A GPU starts programs in no promised order. If the
+# last ones started first, they could fill the GPU and wait for programs that can't start.
 #
-# So a program doesn't use its ``program_id``. It takes a *ticket* when it starts: ``tl.atomic_add``
+# So a program takes a *ticket* when it starts, in place of its ``program_id``: ``tl.atomic_add``
 # adds 1 to a counter in memory and returns what was there before, so no two programs get the same
-# number t. (By default it also keeps the loads and stores around it in order. ``sem="relaxed"``
-# says that this is not needed.) A row has at most ``lag`` slices, so a program waits only for
-# slices with smaller tickets, and every smaller ticket belongs to a program that has started
-# already. Among the programs that are running, the one with the smallest ticket waits for nobody.
-# It ends, then the next one can end, and so all of them do.
+# number t. (With ``sem="relaxed"``, loads and stores around it may change places.) A row has at
+# most ``lag`` slices, so a program waits only for slices with smaller tickets, which belong to
+# programs that have started already. Of these, the one with the smallest ticket waits for nobody. So
+# it ends, then the next one, and so all do.
 #
 # The kernel
 # ----------
 #
-# As in :ref:`softmax tiles`, a row consists of whole vectors of 16 bytes and of edges. The vectors
-# are cut into slices, and the first slice takes the edges at both ends, if there are any.
+# As in :ref:`softmax tiles`, a row consists of whole vectors and of edges. The vectors are cut into
+# slices, and the first slice takes the edges.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -227,17 +218,10 @@ def slice_softmax_kernel(
 
 
 # %%
-# Triton's interpreter runs programs one after the other. That works here, because no program waits
-# for a later one.
-#
 # In the launch, a slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of
-# slices in a row, plus as many slices as ``lag_bytes`` have room for. We found these sizes by
-# measuring on an H100.
+# slices in a row, plus as many as ``lag_bytes`` have room for. These sizes were the best on an H100.
 
 LAG_BYTES = 5 * 2**20
-
-
-# The number of threads in a warp: 32, or 64 on some of AMD's GPUs.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
@@ -247,23 +231,19 @@ def launch_slices(kernel, lag_bytes, *inputs):
         return out
     inputs = [x.resolve_neg().contiguous() for x in inputs]
     n_cols, itemsize = out.shape[-1], out.element_size()
-    VECTOR = 16 // itemsize
+    BLOCK, VECTOR = 4096 * len(inputs), 16 // itemsize
     EDGES = 2 * VECTOR if n_cols % VECTOR else 0
-    BLOCK = 4096 * len(inputs)
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
     lag = min(SLICES + lag_bytes // (BLOCK * itemsize * len(inputs)), n_slices)
-    # Each thread gets 64 bytes of a slice.
-    num_warps = BLOCK * itemsize // (WARP * 64)
+    num_warps = BLOCK * itemsize // (WARP * 64)  # each thread gets 64 bytes of a slice
     # At least one word for each thread: two loads of the same word could give different values.
     WORDS = max(triton.next_power_of_2(SLICES), WARP * num_warps)
     word = torch.int64 if itemsize == 8 else torch.int32
     stats = torch.full((2 * n_slices + 2,), -1, dtype=word, device=out.device)
+    sizes = n_slices, lag, n_cols, SLICES, WORDS, BLOCK, VECTOR, EDGES
     with torch.cuda.device_of(out):  # the GPU that holds the data
-        kernel[(n_slices + lag,)](
-            out, *inputs, stats, n_slices, lag, n_cols,
-            SLICES, WORDS, BLOCK, VECTOR, EDGES, num_warps=num_warps,
-        )  # fmt: skip
+        kernel[(n_slices + lag,)](out, *inputs, stats, *sizes, num_warps=num_warps)
     return out
 
 
@@ -276,7 +256,7 @@ def launch_slice_softmax(x: torch.Tensor, lag_bytes: int = LAG_BYTES) -> torch.T
 # -----------------
 #
 # The gradient, :math:`y_j (g_j - \sum_k y_k g_k)`, needs one sum for each row, so a slice has one
-# number instead of two. The rest is as before, with two inputs.
+# number instead of two.
 
 
 @triton.jit
@@ -323,8 +303,8 @@ def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # Is it right?
 # ------------
 #
-# 20001 columns make five slices in the forward pass, and the last one is not full. Some slices of
-# the first row are all ``-inf``.
+# 20001 columns make five slices in the forward pass, the last not full. Some slices of the first row
+# are all ``-inf``.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -340,10 +320,8 @@ if __name__ == "__main__":
 # How long is the lag?
 # --------------------
 #
-# If the lag is short, programs often wait for numbers that are still being computed. If it is long,
-# the older slice has left the cache and comes from memory again. Then :math:`3MN` elements move
-# instead of :math:`2MN`, so the count predicts two thirds of the copy's speed for the right end of
-# this figure:
+# If the lag is short, programs often wait for numbers. If it is long, the older slice has left the
+# cache. So the count predicts two thirds of the copy's speed at the right end of the figure:
 
 
 def speed_of(run, n_bytes):
@@ -364,39 +342,36 @@ def lag_benchmark(lag_MiB, dtype):
 
 
 if __name__ == "__main__" and not INTERPRET:
-    lags = lag_benchmark.run(show_plots=True, return_df=True)
-    print(lags.astype(int).to_string(index=False))
+    lag_benchmark.run(show_plots=True, print_data=True)
     copy = speed_of(torch.randn(2**28, device=DEVICE).clone, 2**31)
     print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
 # %%
-# The right end comes down to about two thirds of the copy, which confirms the count. The speed
-# falls before the lag is as large as the cache, because the cache also holds what is written.
+# The right end comes down to about two thirds of the copy, which confirms the count. The speed falls
+# before the lag is as large as the cache, which also holds what is written.
 #
 # Is it fast?
 # -----------
 #
-# All matrices have 2^28 elements. The width 50257 is the size of GPT-2's vocabulary, and an odd
-# number. The limit is a copy, and for the backward pass an addition, which reads two matrices and
-# writes one.
+# All matrices have 2^28 elements. 50257 is the size of GPT-2's vocabulary. The limit is a copy, or
+# an addition in the backward pass.
 
-import importlib
+from importlib import import_module
 
-FORWARD = "softmax", "copy", "torch.softmax", "naive, torch.compile", "QuACK", "Liger"
-BACKWARD = "softmax, backward", "x + y", "torch.softmax, backward", "QuACK, backward"
-STYLES = {"softmax": "#d55e00 -", "copy": "#555555 --", "x + y": "#555555 --"}
-STYLES |= {"torch.softmax": "#0072b2 -", "naive, torch.compile": "#009e73 -"}
-STYLES |= {"QuACK": "#cc79a7 -", "Liger": "#cc79a7 :"}
+FORWARD = {"softmax": "#d55e00 -", "copy": "#555555 --", "torch.softmax": "#0072b2 -"}
+FORWARD |= {"naive, torch.compile": "#009e73 -"}
+FORWARD |= {"QuACK": "#cc79a7 -", "Liger": "#cc79a7 :"}
+BACKWARD = {"softmax, backward": "#d55e00 -", "x + y": "#555555 --"}
+BACKWARD |= {"torch.softmax, backward": "#0072b2 -", "QuACK, backward": "#cc79a7 -"}
 
 
 @triton.testing.perf_report([
     triton.testing.Benchmark(
         x_names=["n_cols"], x_vals=[30522, 32768, 50257, 65536, 128256, 131072, 262144, 2**20],
-        x_log=True, line_arg="line", line_vals=lines, line_names=lines,
-        styles=[tuple(STYLES[line.removesuffix(", backward")].split()) for line in lines],
-        ylabel="GB/s", plot_name=f"{name}-{dtype}",
-        xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}",
-        args={"dtype": getattr(torch, dtype)},
+        x_log=True, line_arg="line", line_vals=list(lines), line_names=list(lines),
+        styles=[tuple(style.split()) for style in lines.values()],
+        xlabel=f"columns, 2^28 elements, {dtype}\n{MACHINE}", ylabel="GB/s",
+        plot_name=f"{name}-{dtype}", args={"dtype": getattr(torch, dtype)},
     )
     for name, lines in [("softmax-slices", FORWARD), ("softmax-slices-backward", BACKWARD)]
     for dtype in ("float32", "bfloat16")
@@ -410,50 +385,39 @@ def benchmark(n_cols, dtype, line):
     y, dy = torch.softmax(x, dim=-1), torch.randn_like(x)
     torch.compiler.reset()  # forget other widths, or torch.compile gives up
     compiled = torch.compile(naive_softmax, dynamic=False)
-    runs = {
+    run = {
         "softmax": lambda: launch_slice_softmax(x),
-        "copy": lambda: x.clone(),
+        "copy": x.clone,
         "torch.softmax": lambda: torch.softmax(x, dim=-1),
         "naive, torch.compile": lambda: compiled(x),
         "softmax, backward": lambda: launch_slice_backward(dy, y),
         "x + y": lambda: x + dy,
         "torch.softmax, backward": lambda: torch._softmax_backward_data(dy, y, -1, dtype),
-        "QuACK": lambda: importlib.import_module("quack.softmax").softmax_fwd(x),
-        "QuACK, backward": lambda: importlib.import_module("quack.softmax").softmax_bwd(
-            dy, y
-        ),
-        "Liger": lambda: importlib.import_module(
-            "liger_kernel.ops.softmax"
-        )._softmax_forward(x),
-    }
+        "QuACK": lambda: import_module("quack.softmax").softmax_fwd(x),
+        "QuACK, backward": lambda: import_module("quack.softmax").softmax_bwd(dy, y),
+        "Liger": lambda: import_module("liger_kernel.ops.softmax")._softmax_forward(x),
+    }[line]
     if line.startswith(("QuACK", "Liger")):  # may be missing or refuse the width
         try:
-            runs[line]()
+            run()
         except Exception:
             return float("nan")
-    return speed_of(runs[line], (3 if line in BACKWARD else 2) * x.nbytes)
+    return speed_of(run, (3 if line in BACKWARD else 2) * x.nbytes)
 
 
 if __name__ == "__main__" and not INTERPRET:
     for speed in benchmark.run(show_plots=True, return_df=True):
-        measured = speed.dropna(axis=1, how="all")
-        print(measured.to_string(index=False, float_format="%.0f"))
+        print(speed.dropna(axis=1, how="all").to_string(index=False, float_format="%.0f"))
         share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
         print(f"slices reach at least {share:.0%} of the limit\n")
 
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # they stay well below the copy. On an H100 the slices come close to the copy in float32, and reach
-# about nine tenths of it in bfloat16, which has twice the elements in the same bytes. An H200
-# computes as fast but has faster memory, and the slices fall further behind. Forward, QuACK (see the
-# references) keeps up with the copy up to 262144 columns, also in bfloat16; its line is drawn where
-# it is installed. It gives each row to a *cluster* of programs, which run together and exchange
-# numbers in shared memory. QuACK refuses odd widths, and Liger the widest rows.
-#
-# At 50257 columns both passes are less than a tenth slower than at the widths beside it, although
-# such rows can begin anywhere between two multiples of 16 bytes: all but the edges move in whole
-# vectors. In the backward pass in float32, the widest rows are the slowest: the lag includes a
-# whole row of both inputs, which here is longer than the best lag in the figure above.
+# about nine tenths of it in bfloat16. An H200 computes as fast but has faster memory, and there they
+# reach more than four fifths of it in float32, and about three quarters in bfloat16. Forward, up to
+# 262144 columns, QuACK stays within a tenth of the copy on both. It gives each row to a *cluster* of
+# programs, which exchange numbers in shared memory.
 #
 # As a public function
 # --------------------
@@ -493,19 +457,12 @@ class SliceSoftmax(torch.autograd.Function):
 quick_apply = super(torch.autograd.Function, SliceSoftmax).apply
 
 
-def apply(x):
-    # Function.apply looks up the arguments' names, which costs more than the rest of the call.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return SliceSoftmax.apply(x)
-    return quick_apply(x)
-
-
 def slice_softmax(x):
-    """Softmax over the last dimension, made for wide rows; tile_softmax is for narrow ones.
+    """Softmax over the last dimension, of up to 2^30 columns, made for wide rows.
 
-    ``x`` has any shape (..., columns) with up to 2^30 columns, is float16, bfloat16, float32
-    or float64, and is copied first if it is not contiguous. Differentiable in reverse mode
-    only, also twice; works under ``torch.compile``. Wrong arguments raise TypeError or ValueError.
+    ``x`` is float16, bfloat16, float32 or float64, and copied first if it is not contiguous.
+    Differentiable in reverse mode only, also twice; works under ``torch.compile``. Wrong
+    arguments raise TypeError or ValueError.
     """
     if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
@@ -516,22 +473,21 @@ def slice_softmax(x):
         raise ValueError(f"x must have 0 to 2^30 columns, got shape {tuple(x.shape)}")
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    return apply(x)
+    slow = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (SliceSoftmax.apply if slow else quick_apply)(x)
 
 
 # %%
 # Exercises
 # ---------
 #
-# 1. Use ``tl.program_id(0)`` in place of the ticket, and time it. What have you gained, and what
-#    have you lost?
+# 1. Use ``tl.program_id(0)`` in place of the ticket, and time it. What do you gain and lose?
 #
 # .. note::
 #    Try it first.
 #
-#    1. You have lost the certainty that the kernel ends: a GPU doesn't promise to start programs in
-#       the order of their numbers, so a program may wait for one that can't start. You have gained
-#       almost no time, because taking a ticket is quick compared with reading a slice.
+#    1. You lose the certainty that the kernel ends: a program may wait for one that can't start.
+#       You gain almost no time, because taking a ticket is quick compared with reading a slice.
 #
 #       .. code-block:: diff
 #

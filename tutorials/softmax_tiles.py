@@ -55,15 +55,14 @@ if __name__ == "__main__":
 # --------------------
 #
 # A row of 256 columns in bfloat16 has 512 bytes. A program that loads so little spends much of its
-# time on starting and ending. So we give each program a *tile* of several rows, with about 4096
-# elements in all.
+# time on starting and ending. So we give each program a *tile* of several rows.
 #
-# In the kernel, ``rows`` is a column of row numbers, and ``cols`` is a row of column numbers. We
+# In the kernel, ``rows`` is a column of row numbers, and ``cols`` a row of column numbers. We
 # multiply ``rows`` by the stride, the distance in memory from one row to the next, and add
-# ``cols``. The sum is a two-dimensional block of addresses, by the same broadcasting as in PyTorch.
+# ``cols``. The sum is a two-dimensional block of addresses, by broadcasting as in PyTorch.
 #
 # .. image:: /_static/tile_addresses.svg
-#    :alt: A column of four row starts plus a row of column numbers gives a block of four by eight addresses, two columns of which are masked. Below, memory as a line: eight threads that read neighbouring elements need one piece of memory, eight threads that read elements far apart need eight.
+#    :alt: A column of four row starts plus a row of column numbers gives a block of four by eight addresses. Below, eight threads that read neighbouring elements need one piece of memory; eight that read elements far apart need eight.
 #
 # The lower half of the picture shows why neighbours in ``cols`` should be neighbours in memory. The
 # 32 threads of a warp load together, and the memory delivers pieces of 32 bytes. If neighbouring
@@ -73,37 +72,34 @@ if __name__ == "__main__":
 # Why Triton has to know where rows begin
 # ---------------------------------------
 #
-# A thread can load 16 bytes with one instruction, but only from an address that is a multiple of
-# 16. At other addresses the instruction fails, so the compiler uses it only if it is certain of the
-# address.
+# A thread can load 16 bytes with one instruction, but only from a multiple of 16. So the compiler
+# uses this instruction only if it is certain of the address.
 #
-# Triton helps by looking at each argument. If a tensor begins at a multiple of 16 bytes, or an
-# integer is a multiple of 16, Triton compiles a version of the kernel that relies on this. So the
-# compiler is certain about the first row. But what about the second, if there are 5000 columns in
-# bfloat16? It begins 10000 bytes further on, which is a multiple of 16, but the integer 5000 is
-# not. So the compiler can't be certain, and loads each element by itself. And with 5001 columns,
-# most rows really begin between two multiples.
+# Triton looks at each argument. If a tensor begins at a multiple of 16 bytes, or an integer is a
+# multiple of 16, Triton compiles a version of the kernel that relies on this. So the compiler is
+# certain about the first row. The second of 5000 columns in bfloat16 begins 10000 bytes further on.
+# That is a multiple of 16, but the integer 5000 is not, so the compiler can't be certain, and loads
+# each element by itself. With 5001 columns, most rows really begin between two multiples.
 #
-# So the kernel divides each row into two kinds of elements. ``VECTOR`` is the number of elements in
-# 16 bytes. The *whole vectors* of a row are its elements from the first multiple of 16 bytes up to
-# the last one. Before and behind them lie the *edges*, together fewer than ``2 * VECTOR`` elements,
-# which are loaded one by one. ``tile_at`` computes ``begin``, where the whole vectors begin, and
-# ``whole``, how many elements they have. For both it divides by ``VECTOR`` and multiplies again.
-# The compiler knows the value of ``VECTOR``, a ``tl.constexpr``, so it is certain that both are
-# multiples of it.
+# So the kernel divides each row. ``VECTOR`` is the number of elements in 16 bytes. The *whole
+# vectors* of a row are its elements from the first multiple of 16 bytes up to the last one. Before
+# and behind them lie the *edges*, fewer than ``2 * VECTOR`` elements, which are loaded one by one.
+# ``tile_at`` computes ``begin``, where the whole vectors begin, and ``whole``, how many elements
+# they have. For both it divides by ``VECTOR`` and multiplies again. The compiler knows ``VECTOR``, a
+# ``tl.constexpr``, so it is certain that both are multiples of it.
 #
-# If all rows begin at multiples of 16 bytes, there are no edges, and ``EDGES`` is 0. It is also 0
-# for tiles of several rows, where edges would be a large part of each row. There we use a smaller
-# ``VECTOR``, which divides the width. Otherwise ``EDGES`` is the size of the block for the edges.
+# ``EDGES`` is the size of the block for the edges. It is 0 if all rows begin at multiples of 16
+# bytes, and for tiles of several rows, where edges would be a large part of each row. There we use a
+# smaller ``VECTOR``, which divides the width.
 #
 # The kernel
 # ----------
 #
 # The maximum and the sum run along axis 1, and ``keep_dims`` leaves a column, as ``keepdim`` does
-# in PyTorch. A function that a kernel calls is marked with ``triton.jit``, too. The stride is
-# ``n_cols`` in the result. In the input it can be larger, as when you cut columns off a matrix:
-# ``gap`` is the difference. The launch divides ``gap`` by ``VECTOR`` and the kernel multiplies
-# again, to show the compiler a multiple.
+# in PyTorch. A function that a kernel calls is marked with ``triton.jit``, too. In the input the
+# stride can be larger than ``n_cols``, as when you cut columns off a matrix: ``gap`` is the
+# difference. The launch divides it by ``VECTOR`` and the kernel multiplies again, to show the
+# compiler a multiple.
 
 
 @triton.jit
@@ -173,19 +169,16 @@ def tile_softmax_kernel(
 # H100: larger tiles leave room for fewer programs at a time, and smaller ones spend more time on
 # starting.
 #
-# A program has at most 512 threads, although 1024 are possible. A multiprocessor has 65536
-# registers, and each thread of this kernel takes more than 32, so only one program of 1024 threads
-# fits. With 512 threads two programs fit, and while one computes, the other loads.
+# A program has at most 512 threads. A multiprocessor has 65536 registers, and each thread of this
+# kernel takes more than 32, so only one program of 1024 threads would fit. With 512 threads two
+# programs fit, and while one computes, the other loads.
 #
-# Softmax runs over the last dimension, and all dimensions before it together number the rows. If
-# neighbours in a row are not neighbours in memory, as in a transposed matrix, we copy the input.
-
+# All dimensions before the last together number the rows. A transposed matrix is copied, because
+# neighbours in its rows are not neighbours in memory.
 
 import math
 
 TILE = 4096
-
-
 # The number of threads in a warp: 32, or 64 on some of AMD's GPUs.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
@@ -231,8 +224,8 @@ def launch_tile_softmax(
 # Is it right?
 # ------------
 #
-# 781 columns make tiles of four rows, and four does not divide 183, so the last tile is not full.
-# The second shape has three dimensions, and rows with edges. The third input is transposed.
+# 781 columns make tiles of four rows, and 183 rows don't fill the last one. Rows of 5001 columns
+# have edges. The third input is transposed.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -252,8 +245,8 @@ if __name__ == "__main__":
 # .. math:: \frac{\partial L}{\partial x_j} = y_j \Bigl(g_j - \sum_k y_k g_k\Bigr)
 #
 # This formula needs :math:`y` but not :math:`x`, so only the output is kept. For M rows with N
-# columns, the backward pass reads :math:`2MN` elements, :math:`y` and :math:`g`, and writes
-# :math:`MN`. An addition of two matrices moves as many, so we take its speed for the limit.
+# columns, the backward pass reads :math:`2MN` elements and writes :math:`MN`, as many as an addition
+# of two matrices, so we take its speed for the limit.
 
 
 @triton.jit
@@ -298,14 +291,12 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# All matrices have 2^28 elements, so no launch is short. "softmax" is this kernel, and "one row a
-# program" is the same kernel without tiles and whole vectors, as in :ref:`fused softmax`. The other
-# lines are ``torch.softmax``, the five operators of that lesson fused by ``torch.compile``, and a
-# copy, which is the limit. The libraries Liger and QuACK have lines of their own where they are
-# installed; QuACK refuses odd widths.
+# All matrices have 2^28 elements, so no launch is short. "One row a program" is the same kernel
+# without tiles and whole vectors, as in :ref:`fused softmax`. The other lines are ``torch.softmax``,
+# the five operators of that lesson fused by ``torch.compile``, a copy, which is the limit, and the
+# libraries Liger and QuACK, where they are installed. (QuACK refuses 12161 columns.)
 
-
-import importlib
+from importlib import import_module
 
 
 def naive_softmax(x):
@@ -314,22 +305,14 @@ def naive_softmax(x):
     return numerator / torch.sum(numerator, dim=-1, keepdim=True)
 
 
-def speed_of(run, n_bytes):
-    """GB/s of ``run()`` if it moved ``n_bytes``. A tuple holds the arguments of ``peer``."""
-    if isinstance(run, tuple) and not (run := peer(*run)):
-        return float("nan")
+def speed_of(run, n_bytes, peer):
+    if peer:  # a library that may be missing or refuse the width
+        try:
+            run()
+        except Exception:
+            return float("nan")
     milliseconds = triton.testing.do_bench(run, warmup=10, rep=50, return_mode="median")
     return n_bytes / milliseconds / 1e6
-
-
-def peer(module, name, *inputs):
-    """A call of another library, or None if it is not installed or refuses the inputs."""
-    try:
-        function = getattr(importlib.import_module(module), name)
-        function(*inputs)
-    except Exception:
-        return None
-    return lambda: function(*inputs)
 
 
 def figures(plot_name, lines):
@@ -364,11 +347,11 @@ def benchmark(n_cols, dtype, line):
         "one row a program": lambda: launch_tile_softmax(x, tile=1, align=False),
         "torch.softmax": lambda: torch.softmax(x, dim=-1),
         "naive, torch.compile": lambda: compiled(x),
-        "Liger": ("liger_kernel.ops.softmax", "_softmax_forward", x),
-        "QuACK": ("quack.softmax", "softmax_fwd", x),
+        "Liger": lambda: import_module("liger_kernel.ops.softmax")._softmax_forward(x),
+        "QuACK": lambda: import_module("quack.softmax").softmax_fwd(x),
         "copy": x.clone,
     }[line]
-    return speed_of(run, 2 * x.nbytes)
+    return speed_of(run, 2 * x.nbytes, line in ("Liger", "QuACK"))
 
 
 @triton.testing.perf_report(figures("softmax-tiles-backward", BACKWARD))
@@ -378,10 +361,10 @@ def backward_benchmark(n_cols, dtype, line):
     run = {
         "softmax, backward": lambda: launch_tile_backward(dy, y),
         "torch.softmax, backward": lambda: torch._softmax_backward_data(dy, y, -1, dtype),
-        "QuACK, backward": ("quack.softmax", "softmax_bwd", dy, y),
+        "QuACK, backward": lambda: import_module("quack.softmax").softmax_bwd(dy, y),
         "x + y": lambda: x + dy,
     }[line]
-    return speed_of(run, 3 * x.nbytes)
+    return speed_of(run, 3 * x.nbytes, line.startswith("QuACK"))
 
 
 if __name__ == "__main__" and not INTERPRET:
@@ -396,22 +379,21 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # In bfloat16, one row a program is slow above all at 256 columns, where several rows a program
-# help, and at 5000 and 12161 columns, where whole vectors help. Whole vectors don't close the
-# distance to the copy: on an H100 the tiles stay a few per cent below it at 5000, 12160 and 12161
-# columns. In float32, one row a program is already about as fast as the copy, except at 5000 and
-# 12161 columns, where tiles gain. ``torch.softmax`` and ``torch.compile`` are at their best on narrow
-# rows. On wider ones ``torch.softmax`` falls behind in both dtypes, and ``torch.compile`` above all
-# in bfloat16. PyTorch's backward pass reaches no more than about half of its limit.
+# help, and at 5000 and 12161 columns, where whole vectors help. In float32 it is already about as
+# fast as the copy, except at 5000 and 12161 columns and, on an H200, at 256.
+# ``torch.softmax`` and ``torch.compile`` are at their best on narrow rows. On wider ones
+# ``torch.softmax`` falls behind in both dtypes, and ``torch.compile`` above all in bfloat16. PyTorch's
+# backward pass reaches at most about half of its limit.
 #
-# How close the widest rows come to the copy depends on the GPU. An H200 computes as fast as an H100
-# but has faster memory, so arithmetic takes a larger share of the time. Bfloat16 has twice as many
-# elements in the same bytes, so on an H200 it is clearly slower than the copy at 12160 columns.
+# At 5000, 12160 and 12161 columns in bfloat16, the tiles stay a few per cent below the copy on an
+# H100, and nearly a fifth below it on an H200. An H200 computes as fast but has faster memory, so
+# arithmetic takes a larger share of the time.
 #
 # As a public function
 # --------------------
 #
 # Both launches become operators for ``torch.compile``, and a ``torch.autograd.Function`` connects
-# them; :ref:`seeded dropout` explains how. For second derivatives we call PyTorch's own operator.
+# them; :ref:`seeded dropout` explains how.
 
 tile_softmax_op = torch.library.custom_op(
     "fast_and_right::tile_softmax", launch_tile_softmax, mutates_args=()
@@ -443,27 +425,18 @@ class TileSoftmax(torch.autograd.Function):
         return launch_tile_backward(dy, y)
 
 
+# Function.apply looks up the arguments' names, which costs more than the rest of the call.
 quick_apply = super(torch.autograd.Function, TileSoftmax).apply
-
-
-def apply(x):
-    # Function.apply looks up the arguments' names, which costs more than the rest of the call.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return TileSoftmax.apply(x)
-    return quick_apply(x)
 
 
 def tile_softmax(x):
     """Softmax over the last dimension, for rows of up to 64 KiB in registers.
 
-    ``x`` has any shape (..., columns) and any strides, and is on the GPU (on the CPU when
-    Triton interprets). A row has at most 16384 columns in float16, bfloat16 and float32,
-    and 8192 in float64. The result is contiguous, with the shape and dtype of ``x``. It is
-    computed in float32 (float64 for float64). As with ``torch.softmax``, a row that holds
-    a NaN or +inf, or nothing but -inf, becomes NaN.
-
-    Differentiable in reverse mode only, also twice; works under ``torch.compile``. Another
-    dtype raises TypeError; other shapes and devices raise ValueError.
+    ``x`` has any shape (..., columns), with at most 16384 columns in float16, bfloat16 and
+    float32, and 8192 in float64. The result is contiguous, and computed in float32 (float64
+    for float64). As with ``torch.softmax``, a row that holds a NaN or +inf, or nothing but
+    -inf, becomes NaN. Differentiable in reverse mode only, also twice; works under
+    ``torch.compile``. Wrong arguments raise TypeError or ValueError.
     """
     if not isinstance(x, torch.Tensor) or x.is_nested or x.layout != torch.strided:
         got = getattr(x, "layout", type(x).__name__)
@@ -480,7 +453,8 @@ def tile_softmax(x):
         )
     if x.device.type != DEVICE:
         raise ValueError(f"x must be on device type {DEVICE!r}, got {x.device.type!r}")
-    return apply(x)
+    slow = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return (TileSoftmax.apply if slow else quick_apply)(x)
 
 
 if __name__ == "__main__":
@@ -491,24 +465,9 @@ if __name__ == "__main__":
 
 # %%
 # Why does it stop at 64 KiB? A row has to stay in the registers of a multiprocessor, which hold 256
-# KiB, and each 16-bit number takes 4 bytes there, because we compute in float32. The backward pass
-# holds two rows, the computation needs registers as well, and what doesn't fit spills to memory.
-# :ref:`softmax slices` is about wider rows.
-#
-# So far you saw the GPU's time. In a model with many small kernels, the CPU's time for each call
-# counts as well. The last line below is the launch without checks and autograd:
-
-if __name__ == "__main__" and not INTERPRET:
-    import timeit
-
-    x = torch.randn(64, 256, device=DEVICE)
-    for call in ("torch.softmax(x, -1)", "tile_softmax(x)", "launch_tile_softmax(x)"):
-        times = timeit.repeat(call, globals=globals(), number=1000, repeat=5)
-        print(f"{call}: {min(times) * 1e3:.0f} microseconds of the CPU for a call")
-
-# %%
-# PyTorch's operator is written in C++, and takes the CPU less time. A CUDA graph, which captures
-# many launches and replays them with one call, saves this time for all three.
+# KiB. The backward pass holds two rows, in float32, and what doesn't fit spills to memory.
+# :ref:`softmax slices` is about wider rows. With small inputs the CPU's time for a call counts, too:
+# :ref:`operators` measures it.
 #
 # Exercises
 # ---------
@@ -556,5 +515,4 @@ if __name__ == "__main__" and not INTERPRET:
 # References
 # ----------
 #
-# - P. Tillet, H. T. Kung and D. Cox, `Triton: an intermediate language and compiler for tiled neural network computations <https://doi.org/10.1145/3315508.3329973>`_,
-#   2019: why programs work on blocks.
+# - `QuACK <https://github.com/Dao-AILab/quack>`_ by Dao-AILab.

@@ -352,10 +352,10 @@ if __name__ == "__main__" and not INTERPRET:
     print(tabulate(times, "keys", floatfmt=".2f", showindex=False, maxheadercolwidths=14))
 
 # %%
-# For few vectors, drawing the matrix takes less time than reading it. On an H100 the lines cross
-# between 64 and 256 vectors. Beyond that a stored matrix is faster, if you have room for it: all
-# vectors share one reading of it. Our kernel has to draw R anew for every 256 vectors, because a
-# program has no room for the sums of more.
+# For few vectors, drawing the matrix takes less time than reading it, on an H200 only slightly less,
+# because its memory is faster. The lines cross between 64 and 256 vectors on an H100, and between 16
+# and 64 on an H200. Beyond that a stored matrix is faster, if you have room for it: all vectors
+# share one reading. Our kernel draws R anew for every 256, because a program has no room for more.
 #
 # As a public function
 # --------------------

@@ -334,7 +334,7 @@ if __name__ == "__main__" and not INTERPRET:
 # For one and for four vectors the stored CSR is far ahead: each load of the kernel has room for 64
 # vectors, and most of it stays empty. The kernel takes less time for 16 vectors than for one,
 # because a thread loads eight neighbours at once if the number of vectors is a multiple of 16. From
-# there on the kernel is ahead on an H100. But if your x already lies in transposed order, CSR needs
+# there on the kernel is ahead. But if your x already lies in transposed order, CSR needs
 # no copy, and the figure does not show that case. Drawing also saves you making the CSR, keeping it
 # and sending it to others, who need only the seed.
 #
