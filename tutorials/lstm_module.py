@@ -639,13 +639,13 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Where a ratio is below 1, our LSTM, with recurrent dropout, is faster than cuDNN's without. If
-# both are captured, only the GPU's time counts. On an H100 ours is then faster at 256 and 512
-# units, and with TF32 or with 1024 steps also up to 1152 units. With 80 sequences in bfloat16,
-# cuDNN is faster from 1024 units on, except at 1150, where cuDNN is slow. At these sizes the bytes
-# decide: in the backward pass each program reads the gradients of all four gates of all units, and
-# L2 delivers no more. If both are called, the CPU's time counts as well, and cuDNN is faster only at
-# 2048 units in bfloat16 with 80 sequences. Where the dotted lines are flat, they show what the CPU
-# does, and not which kernel is better.
+# both are captured, only the GPU's time counts. On an H100 and an H200, ours is then faster at 256
+# and 512 units, and with TF32 or with 1024 steps also up to 1152 units. With 80 sequences in
+# bfloat16, cuDNN is faster from 1024 units on, except at 1150, where cuDNN is slow. At these sizes
+# the bytes decide: in the backward pass each program reads the gradients of all four gates of all
+# units. If both are called, the CPU's time counts as well, and cuDNN is faster only at 2048 units in
+# bfloat16 with 80 sequences. Where the dotted lines are flat, they show what the CPU does, and not
+# which kernel is better.
 #
 # Implementation 1 multiplies each of its four masked states by the columns of all gates, four times
 # the work that it needs. FlashRNN has persistent LSTMs in CUDA, without recurrent dropout. In its
