@@ -7,7 +7,8 @@ import sys
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     [
-        "torch", "triton", "numpy", "pandas", "matplotlib.pyplot", "tabulate",
+        "torch", "triton", "numpy", "pandas", "matplotlib.pyplot", "tabulate", "pytest",
+        "IPython.core.interactiveshell",
         "sphinx.cmd.build", "sphinx.builders.html", "sphinx.ext.autodoc", "sphinx_gallery.gen_gallery",
         "sphinx_gallery.gen_rst", "myst_parser.sphinx_ext.main", "pydata_sphinx_theme",
         "sphinx_design", "sphinx_copybutton", "sphinx_sitemap", "sphinxext.opengraph",

@@ -24,6 +24,7 @@ PAGES = sorted(
     for path in SITE.rglob("*.html")
     if "_static" not in path.parts  # the theme's own
 )
+LESSON_PAGES = [f"tutorials/{name}.html" for name in LESSONS]
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
@@ -52,6 +53,13 @@ def browser():
 @pytest.fixture
 def page(browser, url):
     with browser.new_context(base_url=url, permissions=["clipboard-read"]) as context:
+        yield context.new_page()
+
+
+@pytest.fixture(scope="module")
+def plain(browser, url):
+    """A page of a browser without JavaScript."""
+    with browser.new_context(base_url=url, java_script_enabled=False) as context:
         yield context.new_page()
 
 
@@ -128,17 +136,12 @@ def test_a_page_does_not_scroll_sideways(visit, width):
     assert visit.page.evaluate(spilled, width) == []
 
 
-def test_a_page_reads_fully_without_javascript(visit, browser, url):
-    with browser.new_context(base_url=url, java_script_enabled=False) as context:
-        plain = context.new_page()
-        plain.goto(visit.name)
-        assert plain.locator("h1").first.is_visible()
-        if visit.name != "search.html":
-            article = "main article"
-            assert (
-                plain.inner_text(article).split()
-                == visit.page.inner_text(article).split()
-            )
+def test_a_page_reads_fully_without_javascript(visit, plain):
+    plain.goto(visit.name)
+    assert plain.locator("h1").first.is_visible()
+    if visit.name != "search.html":
+        article = "main article"
+        assert plain.inner_text(article).split() == visit.page.inner_text(article).split()
 
 
 @pytest.mark.parametrize(
@@ -213,9 +216,9 @@ def test_tabs_show_what_they_name(visit):
         assert tab.locator("xpath=following-sibling::div[1]").is_visible()
 
 
-@pytest.mark.parametrize("name", LESSONS)
-def test_downloads_arrive(page, name):
-    page.goto(f"tutorials/{name}.html")
+@pytest.mark.parametrize("visit", LESSON_PAGES, indirect=True)
+def test_downloads_arrive(visit):
+    page = visit.page
     links = page.locator("article a.download, article a[href$='.csv']").all()
     assert links
     for link in links:
@@ -264,12 +267,11 @@ def test_paper_shows_each_tab_below_its_name(page):
     assert heights == sorted(set(heights))
 
 
-@pytest.mark.parametrize("name", LESSONS)
-def test_outputs_are_shown_whole(page, name):
-    page.goto(f"tutorials/{name}.html")
+@pytest.mark.parametrize("visit", LESSON_PAGES, indirect=True)
+def test_outputs_are_shown_whole(visit):
     cut = """[...document.querySelectorAll(".sphx-glr-script-out pre")]
         .filter(e => e.scrollHeight > e.clientHeight + 1).map(e => e.textContent)"""
-    assert page.evaluate(cut) == []
+    assert visit.page.evaluate(cut) == []
 
 
 def test_prose_is_narrow_and_code_is_not(page):
@@ -347,9 +349,9 @@ def test_the_first_screen_says_what_this_is_and_where_to_begin(page):
         assert figure.first.bounding_box()["y"] < 600
 
 
-@pytest.mark.parametrize("name", LESSONS)
-def test_a_screen_reader_meets_headings_in_order(page, name):
-    page.goto(f"tutorials/{name}.html")
+@pytest.mark.parametrize("visit", LESSON_PAGES, indirect=True)
+def test_a_screen_reader_meets_headings_in_order(visit):
+    page = visit.page
     levels = page.locator("article :is(h1, h2, h3, h4)").evaluate_all(
         "found => found.map(e => Number(e.tagName[1]))"
     )
