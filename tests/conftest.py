@@ -15,7 +15,6 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1" or GPU is None
 DEVICE = "cpu" if INTERPRET else GPU.type
 if INTERPRET:
     os.environ["TRITON_INTERPRET"] = "1"
-    import interpreter  # noqa: F401  it makes Triton's faster
 
 # Layouts of a 2-d tensor: each takes a contiguous tensor and returns another of the same values.
 LAYOUTS = {

@@ -2,7 +2,7 @@
 
 import os
 
-import conftest  # noqa: F401  the interpreter, where there is no GPU
+import conftest  # noqa: F401  it chooses the interpreter where there is no GPU
 from IPython.core.interactiveshell import InteractiveShell
 
 
