@@ -121,8 +121,10 @@ def compile_lesson(name, target):
         }
         return kernel
 
-    backend, architecture, warp, _ = TARGETS[target]
+    backend, architecture, warp, shared = TARGETS[target]
     properties = SimpleNamespace(multi_processor_count=100, warp_size=warp)
+    if backend == "cuda":
+        properties.shared_memory_per_block_optin = shared * 1024
     cpu = torch.device("cpu")
     torch.accelerator.current_accelerator = lambda check_available=False: cpu
     torch.cpu.get_device_name = lambda device=None: target

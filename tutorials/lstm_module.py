@@ -235,10 +235,13 @@ BACKWARD_TILES = [
 def blocks_for(tiles, n_sequences, n_units, device):
     if INTERPRET:
         return 16, n_units, triton.cdiv(n_sequences, 16), 1, {}
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    gpu = torch.cuda.get_device_properties(device)
+    processors, shared = gpu.multi_processor_count, 2**16
+    shared = getattr(gpu, "shared_memory_per_block_optin", shared)
     for tile, programs, units, warps, stages in tiles:
         row_blocks = triton.cdiv(n_sequences, tile)
         at_once = programs * processors // (n_units // units)
+        stages = min(stages, 1 + shared // (256 * (tile + 4 * units)))
         options = dict(num_warps=warps, num_stages=stages, launch_cooperative_grid=True)
         if row_blocks <= at_once:
             break
