@@ -344,3 +344,11 @@ def test_memory_beside_the_output():
     before = torch.cuda.memory_allocated()
     y = tile_softmax(x)
     assert torch.cuda.max_memory_allocated() - before - y.nbytes <= 512
+
+
+@pytest.mark.parametrize("each", [64, 128])
+@pytest.mark.parametrize("n_bytes", [1, 64, 8192, 10240, 24576, 65536])
+def test_threads_have_no_more_bytes_than_they_should(n_bytes, each):
+    threads = softmax_tiles.warps(n_bytes, each) * softmax_tiles.WARP
+    assert threads == 512 or threads * each >= n_bytes
+    assert threads == softmax_tiles.WARP or threads // 2 * each < n_bytes

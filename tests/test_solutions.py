@@ -110,16 +110,17 @@ def test_log_softmax(solve):
     solve("fused_softmax", 1)
 
 
-def test_fewer_bytes_a_thread_are_more_warps_up_to_512_threads():
-    from softmax_tiles import WARP, warps
-
-    assert warps(4 * 2048) * 4 == warps(4 * 4 * 2048) == 512 // WARP
-    assert warps(4 * 16384) == warps(4 * 4 * 16384) == 512 // WARP
+@pytest.mark.parametrize("piece", [512, 4096])
+def test_other_pieces(monkeypatch, randn, piece):
+    monkeypatch.setattr("softmax_tiles.PIECE", piece)
+    x = randn(3, 5001)
+    y = sys.modules["softmax_tiles"].launch_tile_softmax(x)
+    torch.testing.assert_close(y, torch.softmax(x, dim=-1))
 
 
 def test_rms_norm_in_tiles(changed, randn):
     lesson = changed("softmax_tiles", 2, "Is it right?")
-    for shape in ((183, 781), (3, 4, 40)):
+    for shape in ((183, 781), (3, 4, 40), (2, 5001)):
         x = randn(*shape)
         expected = torch.nn.functional.rms_norm(x, shape[-1:], eps=1e-6)
         torch.testing.assert_close(lesson.launch_tile_softmax(x), expected)

@@ -192,13 +192,13 @@ def launch_block_dropout(
     sizes, places, strides = zip(*outer, strict=True) if outer else ((1,), (0,), (0,))
     ALIGNED = all(place % 4 == 0 for place in (first, *places))
     GROUP = max(16 // x.element_size(), 4)  # a thread loads 16 bytes at a time
-    BLOCK = (4096 if ALIGNED else 8192) // x.element_size()
+    BLOCK = 2048 // x.element_size()
     COLS = min(max(triton.next_power_of_2(n_cols), GROUP), BLOCK)
     ROWS = BLOCK // COLS
     with torch.cuda.device_of(x):
         block_dropout_kernel[(triton.cdiv(n_rows, ROWS) * triton.cdiv(n_cols, COLS),)](
             y, x, n_rows, n_cols, first, sizes, places, strides,
-            threshold, 1 / (1 - p), seed, ALIGNED, ROWS, COLS, GROUP,
+            threshold, 1 / (1 - p), seed, ALIGNED, ROWS, COLS, GROUP, num_warps=1,
         )  # fmt: skip
     return y
 

@@ -140,7 +140,7 @@ def matrix_dropout_kernel(
 # direction in which elements are neighbours in memory.
 #
 # For a contiguous matrix this is the row, in the input and in the output: the tile is as wide as
-# the row, up to 2048 columns, and takes more rows if the row is shorter. A transposed matrix is
+# the row, up to 1024 columns, and takes more rows if the row is shorter. A transposed matrix is
 # read along its columns, but the result is written along its rows. A tile of 128 by 32 suits both:
 # a column of the tile has 128 neighbours in the input, and a row has 32 neighbours in the output.
 # The random words work with any shape, as long as ``COLS`` is a multiple of 4.
@@ -159,8 +159,8 @@ def tile_shape(x):
     if x.stride(1) > x.stride(0) > 0:  # neighbours stand in a column
         COLS = min(COLS, 32)
         return 4096 // COLS, COLS
-    COLS = min(COLS, 2048)
-    return 2048 // COLS, COLS
+    COLS = min(COLS, 1024)
+    return 1024 // COLS, COLS
 
 
 def launch_tiles(y, x, p, seeds, ROWS, COLS):
@@ -171,7 +171,7 @@ def launch_tiles(y, x, p, seeds, ROWS, COLS):
     with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
         matrix_dropout_kernel[(n_tiles,)](
             y, x, seeds, n_rows, n_cols // ALIGN, row_stride // ALIGN, col_stride,
-            threshold, scale, ROWS, COLS, ALIGN,
+            threshold, scale, ROWS, COLS, ALIGN, num_warps=ROWS * COLS // 1024,
         )  # fmt: skip
 
 
@@ -307,7 +307,7 @@ if __name__ == "__main__" and not INTERPRET:
 # What a bad access pattern costs
 # -------------------------------
 #
-# Now give a transposed matrix the tile of a contiguous one: a single row of 2048 elements, each far
+# Now give a transposed matrix the tile of a contiguous one: a single row of 1024 elements, each far
 # from the next in memory. The result is the same, bit for bit. But each element needs a piece of 32
 # bytes of its own, and most of the piece is thrown away, unless a neighbouring row finds it in the
 # cache. The last column of the table is what many functions do: they call ``x.contiguous()`` first.
@@ -326,11 +326,11 @@ if __name__ == "__main__" and not INTERPRET:
         runs = [
             x.clone,
             lambda: launch_tiles(y, x, 0.5, seeds, *tile_shape(x)),
-            lambda: launch_tiles(y, x, 0.5, seeds, 1, 2048),
+            lambda: launch_tiles(y, x, 0.5, seeds, 1, 1024),
             lambda: launch_matrix_dropout(x.contiguous(), 0.5, seeds),
         ]
         rows.append([dtype, *(picoseconds(run, n) for run in runs)])
-    headers = ["ps an element", "copy", "tile of 128 x 32", "tile of 1 x 2048"]
+    headers = ["ps an element", "copy", "tile of 128 x 32", "tile of 1 x 1024"]
     headers += ["contiguous() first"]
     print("A transposed matrix of 65536 rows and 4096 columns:\n")
     print(tabulate(rows, headers, floatfmt=".2f"))

@@ -109,16 +109,15 @@ def to_arithmetic(x):
 
 
 @triton.jit
-def tile_at(rows, n_cols, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr):
-    """Positions and mask of the elements in each row's whole vectors."""
+def whole_vectors(rows, n_cols, VECTOR: tl.constexpr, EDGES: tl.constexpr):
+    """Where the whole vectors of each row begin, and how many elements they have."""
     whole = n_cols // VECTOR * VECTOR
     begin = rows * whole
     if EDGES:
         start = rows * n_cols
         begin = (start + VECTOR - 1) // VECTOR * VECTOR
         whole = tl.maximum(n_cols - (begin - start).to(tl.int32), 0) // VECTOR * VECTOR
-    cols = tl.arange(0, BLOCK)[None, :]
-    return begin + cols, cols < whole
+    return begin, whole
 
 
 @triton.jit
@@ -128,7 +127,7 @@ def edges_at(row, n_cols, EDGES: tl.constexpr):
     start = row * n_cols
     head = ((VECTOR - start % VECTOR) % VECTOR).to(tl.int32)
     whole = tl.maximum(n_cols - head, 0) // VECTOR * VECTOR
-    cols = tl.arange(0, EDGES)
+    cols = tl.arange(0, EDGES)[None, :]
     cols = tl.where(cols < head, cols, cols + whole)
     return start + cols, cols < n_cols
 
@@ -136,38 +135,57 @@ def edges_at(row, n_cols, EDGES: tl.constexpr):
 @triton.jit
 def tile_softmax_kernel(
     y_ptr, x_ptr, n_rows, n_cols, gap,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    VECTOR: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     rows = pid * ROWS + tl.arange(0, ROWS)[:, None]
     # The last tile may reach beyond the last row: it reads that row again, but stores it once.
     row = tl.minimum(rows, n_rows - 1)
-    place, mask = tile_at(row, n_cols, BLOCK, VECTOR, EDGES)
-    x_place = place + row * gap * VECTOR
-    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=-float("inf")))
+    begin, whole = whole_vectors(row, n_cols, VECTOR, EDGES)
+    cols = tl.arange(0, BLOCK)[None, :]
+    x_ptr += row * gap * VECTOR
+    x_tile, y_tile = x_ptr + begin + cols, y_ptr + begin + cols
+    pieces, largest = (), tl.full((ROWS, BLOCK), -float("inf"), tl.float32)
+    for i in tl.static_range(PIECES):
+        mask = cols < whole - i * BLOCK
+        x = to_arithmetic(tl.load(x_tile + i * BLOCK, mask, other=-float("inf")))
+        pieces += (x,)
+        largest = tl.maximum(largest, x)
     if EDGES:  # of the only row, loaded before the first result is waited for
-        edges, edge_mask = edges_at(pid, n_cols, EDGES)
-        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=-float("inf"))
-        edge = to_arithmetic(edge)
-    largest = tl.max(x, axis=1, keep_dims=True)
+        edges, edge_mask = edges_at(row, n_cols, EDGES)
+        edge = to_arithmetic(tl.load(x_ptr + edges, edge_mask, other=-float("inf")))
+    largest = tl.max(largest, axis=1, keep_dims=True)
     if EDGES:
-        largest = tl.maximum(largest, tl.max(edge, axis=0))
-    numerator = tl.exp(x - largest)
-    denominator = tl.sum(numerator, axis=1, keep_dims=True)
+        largest = tl.maximum(largest, tl.max(edge, axis=1, keep_dims=True))
+    numerators, total = (), tl.zeros((ROWS, BLOCK), largest.dtype)
+    for i in tl.static_range(PIECES):
+        numerator = tl.exp(pieces[i] - largest)
+        numerators += (numerator,)
+        total += numerator
+    denominator = tl.sum(total, axis=1, keep_dims=True)
     if EDGES:
-        edge = tl.exp(edge - tl.max(largest))
-        denominator += tl.sum(edge, axis=0)
-        tl.store(y_ptr + edges, edge / tl.max(denominator), edge_mask)
-    tl.store(y_ptr + place, numerator / denominator, mask & (rows < n_rows))
+        edge = tl.exp(edge - largest)
+        denominator += tl.sum(edge, axis=1, keep_dims=True)
+    factor = 1 / denominator
+    if EDGES:
+        tl.store(y_ptr + edges, edge * factor, edge_mask)
+    for i in tl.static_range(PIECES):
+        mask = (cols < whole - i * BLOCK) & (rows < n_rows)
+        tl.store(y_tile + i * BLOCK, numerators[i] * factor, mask)
 
 
 # %%
 # Launch it
 # ---------
 #
-# A tile has 4096 elements, or more if a single row has more. We found this size by measuring on an
-# H100: larger tiles leave room for fewer programs at a time, and smaller ones spend more time on
-# starting.
+# A tile has 4096 elements. We found this size by measuring on an H100: larger tiles leave room for
+# fewer programs at a time, and smaller ones spend more time on starting.
+#
+# If a row is longer, we cut it into *pieces* of 1024 columns. The size of a block is a power of two,
+# so a row of 5000 columns as one block would take 8192 elements, and the program would compute two
+# fifths of them for nothing. Five pieces have only 5120. In the kernel, ``pieces`` is a tuple, and
+# the compiler unrolls each loop over ``tl.static_range``, so all pieces stay in registers.
 #
 # A program has at most 512 threads. A multiprocessor has 65536 registers, and each thread of this
 # kernel takes more than 32, so only one program of 1024 threads would fit. With 512 threads two
@@ -178,32 +196,35 @@ def tile_softmax_kernel(
 
 import math
 
-TILE = 4096
+TILE, PIECE = 4096, 1024
 # The number of threads in a warp: 32, or 64 on some of AMD's GPUs.
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
 
 
-def warps(n_bytes):
-    """The number of warps that gives each thread 64 bytes, from 1 warp to 512 threads."""
-    return min(max(n_bytes // (WARP * 64), 1), 512 // WARP)
+def warps(n_bytes, each):
+    """The number of warps that gives each thread at most so many bytes, if 512 threads do."""
+    return min(triton.next_power_of_2(triton.cdiv(n_bytes, WARP * each)), 512 // WARP)
 
 
 def launch_tiles(kernel, tensors, n_rows, n_cols, *gap, tile=TILE, align=True):
     """Run a kernel on tiles. ``gap``, if given, is the input's stride minus ``n_cols``."""
     itemsize, extra = tensors[0].element_size(), sum(gap)
-    BLOCK = triton.next_power_of_2(n_cols)
+    BLOCK, PIECES = triton.next_power_of_2(n_cols), 1
     ROWS = max(tile // BLOCK, 1)
+    if BLOCK > tile > 1:
+        BLOCK, PIECES = PIECE, triton.cdiv(n_cols, PIECE)
     VECTOR, EDGES = 16 // itemsize if align else 1, 0
     if ROWS == 1 and n_cols % VECTOR and extra % VECTOR == 0:
         EDGES = 2 * VECTOR
     else:
         VECTOR = math.gcd(n_cols, extra, VECTOR)
     # If threads load 2 bytes at a time, there are more of them, with fewer elements each.
-    num_warps = warps(ROWS * BLOCK * max(itemsize, 4 // VECTOR))
-    sizes = n_rows, n_cols, *(g // VECTOR for g in gap)
+    n_bytes = ROWS * BLOCK * PIECES * max(itemsize, 4 // VECTOR)
+    num_warps = warps(n_bytes, each=128 if PIECES > 1 else 64)
+    sizes = n_rows, n_cols, *(g // VECTOR for g in gap), ROWS, BLOCK, PIECES
     grid = (triton.cdiv(n_rows, ROWS),)
     with torch.cuda.device_of(tensors[0]):  # the GPU that holds the data
-        kernel[grid](*tensors, *sizes, ROWS, BLOCK, VECTOR, EDGES, num_warps=num_warps)
+        kernel[grid](*tensors, *sizes, VECTOR, EDGES, num_warps=num_warps)
 
 
 def launch_tile_softmax(
@@ -252,23 +273,33 @@ if __name__ == "__main__":
 @triton.jit
 def tile_backward_kernel(
     dx_ptr, dy_ptr, y_ptr, n_rows, n_cols,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, EDGES: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PIECES: tl.constexpr,
+    VECTOR: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
-    rows = pid * ROWS + tl.arange(0, ROWS)[:, None]
-    place, mask = tile_at(rows, n_cols, BLOCK, VECTOR, EDGES)
-    mask &= rows < n_rows
-    dy = to_arithmetic(tl.load(dy_ptr + place, mask=mask, other=0.0))
-    y = to_arithmetic(tl.load(y_ptr + place, mask=mask, other=0.0))
+    row = pid * ROWS + tl.arange(0, ROWS)[:, None]
+    begin, whole = whole_vectors(row, n_cols, VECTOR, EDGES)
+    whole = tl.where(row < n_rows, whole, 0)
+    cols = tl.arange(0, BLOCK)[None, :]
+    dys, ys = (), ()
+    for i in tl.static_range(PIECES):
+        mask, place = cols < whole - i * BLOCK, begin + cols + i * BLOCK
+        dys += (to_arithmetic(tl.load(dy_ptr + place, mask, other=0.0)),)
+        ys += (to_arithmetic(tl.load(y_ptr + place, mask, other=0.0)),)
     if EDGES:
-        edges, edge_mask = edges_at(pid, n_cols, EDGES)
-        edge_dy = to_arithmetic(tl.load(dy_ptr + edges, mask=edge_mask, other=0.0))
-        edge_y = to_arithmetic(tl.load(y_ptr + edges, mask=edge_mask, other=0.0))
-    dot = tl.sum(y * dy, axis=1, keep_dims=True)
+        edges, edge_mask = edges_at(row, n_cols, EDGES)
+        edge_dy = to_arithmetic(tl.load(dy_ptr + edges, edge_mask, other=0.0))
+        edge_y = to_arithmetic(tl.load(y_ptr + edges, edge_mask, other=0.0))
+    dots = ys[0] * dys[0]
+    for i in tl.static_range(1, PIECES):
+        dots += ys[i] * dys[i]
+    dot = tl.sum(dots, axis=1, keep_dims=True)
     if EDGES:
-        dot += tl.sum(edge_y * edge_dy, axis=0)
-        tl.store(dx_ptr + edges, edge_y * (edge_dy - tl.max(dot)), mask=edge_mask)
-    tl.store(dx_ptr + place, y * (dy - dot), mask=mask)
+        dot += tl.sum(edge_y * edge_dy, axis=1, keep_dims=True)
+        tl.store(dx_ptr + edges, edge_y * (edge_dy - dot), edge_mask)
+    for i in tl.static_range(PIECES):
+        mask, place = cols < whole - i * BLOCK, begin + cols + i * BLOCK
+        tl.store(dx_ptr + place, ys[i] * (dys[i] - dot), mask)
 
 
 def launch_tile_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -472,45 +503,50 @@ if __name__ == "__main__":
 # Exercises
 # ---------
 #
-# 1. ``warps`` gives each thread 64 bytes. Try 16 and 256 bytes, and predict what both figures
-#    show before you look.
+# 1. Pieces have 1024 columns. Try 512 and 4096 in bfloat16, and predict what the figure shows at
+#    5000 and 16384 columns before you look.
 # 2. Turn the forward kernel into one for the RMS norm of rows, which divides each element by
 #    :math:`\sqrt{\tfrac{1}{n} \sum_k x_k^2 + 10^{-6}}`.
 #
 # .. note::
 #    Try it first.
 #
-#    1. Memory is the limit in float32, so nothing changes there. In bfloat16, on an H100, 16 bytes
-#       cost some per cent from 1024 to 5000 columns: more threads spend more time on combining their
-#       results. With 256 bytes fewer threads load at the same time, which costs about a tenth at 256
-#       and at 12161 columns, but gains some per cent at 5000.
+#    1. ANSWER
 #    2. The maximum is not needed, and the padding becomes 0, which adds nothing to the sum of
 #       squares. The launch stays as it is.
 #
 #       .. code-block:: diff
 #
-#          -    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=-float("inf")))
-#          +    x = to_arithmetic(tl.load(x_ptr + x_place, mask, other=0.0))
-#               if EDGES:  # of the only row, loaded before the first result is waited for
-#                   edges, edge_mask = edges_at(pid, n_cols, EDGES)
-#          -        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=-float("inf"))
-#          +        edge = tl.load(x_ptr + edges + pid * gap * VECTOR, edge_mask, other=0.0)
-#                   edge = to_arithmetic(edge)
-#          -    largest = tl.max(x, axis=1, keep_dims=True)
-#          +    squares = tl.sum(x * x, axis=1, keep_dims=True)
+#          -    pieces, largest = (), tl.full((ROWS, BLOCK), -float("inf"), tl.float32)
+#          +    pieces, squares = (), tl.zeros((ROWS, BLOCK), tl.float32)
+#          @@
+#          -        x = to_arithmetic(tl.load(x_tile + i * BLOCK, mask, other=-float("inf")))
+#          +        x = to_arithmetic(tl.load(x_tile + i * BLOCK, mask, other=0.0))
+#                   pieces += (x,)
+#          -        largest = tl.maximum(largest, x)
+#          +        squares += x * x
+#          @@
+#          -        edge = to_arithmetic(tl.load(x_ptr + edges, edge_mask, other=-float("inf")))
+#          -    largest = tl.max(largest, axis=1, keep_dims=True)
+#          +        edge = to_arithmetic(tl.load(x_ptr + edges, edge_mask, other=0.0))
+#          +    mean = tl.sum(squares, axis=1, keep_dims=True) / n_cols
 #               if EDGES:
-#          -        largest = tl.maximum(largest, tl.max(edge, axis=0))
-#          -    numerator = tl.exp(x - largest)
-#          -    denominator = tl.sum(numerator, axis=1, keep_dims=True)
-#          +        squares += tl.sum(edge * edge, axis=0)
-#          +    root = tl.sqrt(squares / n_cols + 1e-6)
-#               if EDGES:
-#          -        edge = tl.exp(edge - tl.max(largest))
-#          -        denominator += tl.sum(edge, axis=0)
-#          -        tl.store(y_ptr + edges, edge / tl.max(denominator), edge_mask)
-#          -    tl.store(y_ptr + place, numerator / denominator, mask & (rows < n_rows))
-#          +        tl.store(y_ptr + edges, edge / tl.max(root), edge_mask)
-#          +    tl.store(y_ptr + place, x / root, mask & (rows < n_rows))
+#          -        largest = tl.maximum(largest, tl.max(edge, axis=1, keep_dims=True))
+#          -    numerators, total = (), tl.zeros((ROWS, BLOCK), largest.dtype)
+#          -    for i in tl.static_range(PIECES):
+#          -        numerator = tl.exp(pieces[i] - largest)
+#          -        numerators += (numerator,)
+#          -        total += numerator
+#          -    denominator = tl.sum(total, axis=1, keep_dims=True)
+#          -    if EDGES:
+#          -        edge = tl.exp(edge - largest)
+#          -        denominator += tl.sum(edge, axis=1, keep_dims=True)
+#          -    factor = 1 / denominator
+#          +        mean += tl.sum(edge * edge, axis=1, keep_dims=True) / n_cols
+#          +    factor = 1 / tl.sqrt(mean + 1e-6)
+#          @@
+#          -        tl.store(y_tile + i * BLOCK, numerators[i] * factor, mask)
+#          +        tl.store(y_tile + i * BLOCK, pieces[i] * factor, mask)
 #
 # References
 # ----------
