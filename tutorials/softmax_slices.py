@@ -342,7 +342,8 @@ def lag_benchmark(lag_MiB, dtype):
 
 
 if __name__ == "__main__" and not INTERPRET:
-    lag_benchmark.run(show_plots=True, print_data=True)
+    speed = lag_benchmark.run(show_plots=True, return_df=True)
+    print(speed.to_string(index=False, float_format="%.0f"))
     copy = speed_of(torch.randn(2**28, device=DEVICE).clone, 2**31)
     print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
@@ -406,7 +407,9 @@ def benchmark(n_cols, dtype, line):
 
 
 if __name__ == "__main__" and not INTERPRET:
-    for speed in benchmark.run(show_plots=True, return_df=True):
+    tables = benchmark.run(show_plots=True, return_df=True)
+    for mark, speed in zip(benchmark.benchmarks, tables, strict=True):
+        print(f"{mark.plot_name}:")
         print(speed.dropna(axis=1, how="all").to_string(index=False, float_format="%.0f"))
         share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
         print(f"slices reach at least {share:.0%} of the limit\n")

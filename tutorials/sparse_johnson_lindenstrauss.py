@@ -349,7 +349,8 @@ if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate
 
     times = benchmark.run(show_plots=True, return_df=True)
-    print(tabulate(times, "keys", floatfmt=".2f", showindex=False, maxheadercolwidths=14))
+    layout = {"floatfmt": (".0f", *4 * [".2f"]), "showindex": False}
+    print(tabulate(times, "keys", maxheadercolwidths=14, **layout))
 
 # %%
 # For few vectors, drawing the matrix takes less time than reading it, on an H200 only slightly less,
