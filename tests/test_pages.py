@@ -161,7 +161,7 @@ def test_a_word_of_the_glossary_is_found_but_not_in_a_phrase_that_means_somethin
 
 @pytest.mark.parametrize(
     ("tex", "space"),
-    [(r"\ln n", True), (r"\tanh c", True), (r"\ln(n)", False), (r"a b", False)],
+    [(r"\ln n", True), (r"\tanh c", True), (r"\ln(n)", False), (r"\tanh, a b", False)],
 )
 def test_a_function_keeps_a_distance_from_its_argument(tex, space):
     assert ("<mspace" in mathml.mathml(tex)) == space

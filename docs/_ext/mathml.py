@@ -10,7 +10,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 # A function's name keeps a small distance from an argument that has no bracket.
-APPLIED = re.compile(r"<mo>&ApplyFunction;</mo>(?!\s*(?:<mrow>\s*)*<mo[^>]*>\s*[(\[{|])")
+APPLIED = re.compile(r"<mo>&ApplyFunction;</mo>(?!\s*(?:<mrow>\s*)*<mo[^>]*>\s*[(\[{|,])")
 
 
 def mathml(tex, **options):
