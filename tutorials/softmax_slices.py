@@ -416,11 +416,11 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
-# they stay well below the copy. On an H100 the slices come close to the copy in float32, and reach
-# about nine tenths of it in bfloat16. An H200 computes as fast but has faster memory, and there they
-# reach more than four fifths of it in float32, and about three quarters in bfloat16. Forward, up to
-# 262144 columns, QuACK stays within a tenth of the copy on both. It gives each row to a *cluster* of
-# programs, which exchange numbers in shared memory.
+# they stay well below the copy. On an H100 the slices come close to the copy in float32, except
+# backward at 2^20 columns, and reach about nine tenths of it in bfloat16. An H200 computes as fast
+# but has faster memory, and there they reach about four fifths of it in float32, and about three
+# quarters in bfloat16. Forward, up to 262144 columns, QuACK stays within a tenth of the copy on both.
+# It gives each row to a *cluster* of programs, which exchange numbers in shared memory.
 #
 # As a public function
 # --------------------

@@ -481,7 +481,7 @@ if __name__ == "__main__" and not INTERPRET:
 #    1. A call for each feature chooses its component and its sign, and ``atomic_add`` adds the
 #       feature to that component. On average the squared length stays the same, so nothing is
 #       scaled. Its variance is that of a projection with density 1, by the formula above,
-#       :math:`\frac{2}{k} \left(1 - \sum_j x_j^4 / |x|^4\right)`, though each row has a single
+#       :math:`\frac{2}{k} \left(1 - \sum_j x_j^4 / {|x|}^4\right)`, though each row has a single
 #       entry.
 #
 #       .. code-block:: python
