@@ -157,6 +157,7 @@ def test_a_word_of_the_glossary_is_found_but_not_in_a_phrase_that_means_somethin
     ]
     assert found == [None, "mask", "BLOCK"]
     assert glossary_links.pattern(["mask"], []).search("attention mask")["term"] == "mask"
+    assert not glossary_links.pattern(["jit"], []).search("torch.jit.script, jit.script")
 
 
 @pytest.mark.parametrize(
