@@ -16,6 +16,7 @@ import mathml
 import notebooks
 import pytest
 from docutils import nodes
+from docutils.core import publish_doctree
 
 TITLES = {"fused softmax": ("tutorials/fused_softmax", "Fused softmax")}
 
@@ -156,14 +157,37 @@ def test_a_word_of_the_glossary_is_found_but_not_in_a_phrase_that_means_somethin
     ]
     assert found == [None, "mask", "BLOCK"]
     assert glossary_links.pattern(["mask"], []).search("attention mask")["term"] == "mask"
+    assert not glossary_links.pattern(["jit"], []).search("torch.jit.script, jit.script")
 
 
 @pytest.mark.parametrize(
     ("tex", "space"),
-    [(r"\ln n", True), (r"\tanh c", True), (r"\ln(n)", False), (r"a b", False)],
+    [(r"\ln n", True), (r"\tanh c", True), (r"\ln(n)", False), (r"\tanh, a b", False)],
 )
 def test_a_function_keeps_a_distance_from_its_argument(tex, space):
     assert ("<mspace" in mathml.mathml(tex)) == space
+
+
+def test_no_line_begins_with_the_sign_behind_a_formula():
+    doctree = publish_doctree(":math:`x`. Then :math:`y` and (:math:`z`).")
+    mathml.join_signs(None, doctree)
+    joined = list(doctree.findall(nodes.inline))
+    assert [node.astext() for node in joined] == ["x.", "z)."]
+    assert doctree.astext() == "x. Then y and (z)."
+
+
+def test_a_logarithmic_axis_has_plain_numbers_and_a_long_title_breaks():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    _, axis = plt.subplots()
+    axis.plot([1, 2], [0.05, 2000])
+    axis.set_yscale("log")
+    figures.label_ends(axis)
+    written = axis.yaxis.get_major_formatter()
+    assert [written(y) for y in (0.1, 1, 1000)] == ["0.1", "1", "1,000"]
+    figures.title(axis, "a kernel " * 20)
+    assert max(map(len, axis.get_title(loc="left").splitlines())) <= 76
+    plt.close("all")
 
 
 def test_functions_with_a_docstring_can_be_found():

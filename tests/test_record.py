@@ -331,8 +331,18 @@ def test_of_times_the_shorter_is_the_better():
     table = pd.DataFrame(values, index=[1024, 2**28])
     stand = schema.standing(table, benchmark)
     assert stand.loc[2**28].tolist() == [0.5, "copy", 1.5, "F.dropout"]
-    title = "ours: 50% of “copy”, 1.50 times “F.dropout”"
+    title = "ours: 50% of the speed of “copy”, 1.50 times that of “F.dropout”"
     assert draw.message(benchmark, table) == title
+
+
+def test_a_figure_of_one_kernel_alone_says_how_far_each_line_goes():
+    facts = {"xlabel": "n", "x_log": False, "y_log": False, "commit": "", "date": ""}
+    lines = schema.roles({"ours": STYLES["ours"], "ours again": STYLES["ours again"]})
+    table = pd.DataFrame({"ours": [18, 101], "ours again": [9, 9]}, index=[1, 2])
+    for unit, end in (("% of a copy", "% of a copy"), ("GB/s", " GB/s")):
+        benchmark = schema.Benchmark(**facts, unit=unit, lines=lines)
+        message = draw.message(benchmark, table)
+        assert message == f"ours: 18 to 101, ours again: 9{end}"
 
 
 def test_sizes_at_which_the_limit_is_a_launch_are_not_losses():

@@ -208,8 +208,8 @@ def launch_block_dropout(
 # -----------------
 #
 # Here are three of the four ways, for a matrix of 16 x 32 whose columns are divided among 1, 2 and
-# 4 ranks. The seed is 7, and one process draws for each rank in turn. (The next lesson tries
-# ``DTensor``.)
+# 4 ranks. The seed is 7, and one process draws for each rank in turn. Blue is kept, grey is dropped,
+# and black lines part the ranks. (The next lesson tries ``DTensor``.)
 
 
 def columns(n_ranks, n_cols=32):
@@ -241,11 +241,11 @@ if __name__ == "__main__":
             masks.append(torch.cat(blocks, dim=1))
             axis.imshow(masks[-1], cmap=colours, vmin=0, vmax=1)
             axis.set(xticks=[first - 0.5 for first, _ in columns(n_ranks)], yticks=[])
-            axis.set(xticklabels=[], title=f"{n_ranks} ranks" if row is axes[0] else "")
+            axis.set(xticklabels=[], title=f"ranks: {n_ranks}" if axis in axes[0] else "")
             axis.grid(True, axis="x", color="black", alpha=1)
         same = [torch.equal(masks[0], mask) for mask in masks[1:]]
         print(f"{way}: the mask of 1 rank is that of 2: {same[0]}, of 4: {same[1]}")
-    figure.suptitle("Blue is kept, grey is dropped; black lines part the ranks")
+    figure.suptitle("Only seed and place give 1, 2 and 4 ranks the same mask")
     plt.show()
 
 # %%
@@ -323,11 +323,12 @@ if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate
 
     layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
-    for speed in benchmark.run(show_plots=True, return_df=True):
+    tables = benchmark.run(show_plots=True, return_df=True)
+    for dtype, speed in zip(("float32", "bfloat16"), tables, strict=True):
         print(tabulate(speed, "keys", **layout))
         n_elements, *blocks, torch_dropout, copy = speed.iloc[-1]
         shares = ", ".join(f"{share / copy:.0%}" for share in blocks)
-        print(f"Of the copy's speed, in the last line: {shares} for the three blocks.\n")
+        print(f"{dtype}, last line: {shares} of the copy's speed for the three blocks\n")
 
 # %%
 # Rows and columns of large blocks are about as fast as the copy, except in bfloat16 on an H200, which

@@ -78,10 +78,10 @@ if __name__ == "__main__":
     y = checkpoint(lambda x, w: dropout(x, 0.5) * w, x, w, **options)
     y.sum().backward()
     wrong = (y.detach() != 0) != (w.grad != 0)
-    print(f"{wrong.float().mean():.0%} of the gradient is wrong")
-    plt.figure(figsize=(6, 3.2))
+    print(share := f"{wrong.float().mean():.0%} of the gradient is wrong")
+    plt.subplots(figsize=(6, 3.2), subplot_kw={"xticks": [], "yticks": []})
     plt.imshow(wrong.cpu(), cmap="Reds")
-    plt.title("wrong elements of the gradient")
+    plt.title(f"{share}: the dark elements")
     plt.show()
 
 # %%
@@ -556,4 +556,4 @@ if __name__ == "__main__" and not INTERPRET:
 #   2016.
 # - PyTorch's documentation of `torch.utils.checkpoint <https://docs.pytorch.org/docs/stable/checkpoint.html>`_.
 # - `Preserve RNG state across activation-checkpoint recompute when dropout is active <https://github.com/allenai/OLMo-core/pull/828>`_,
-#   the pull request with which OLMo-core mended the run above, 2026.
+#   the pull request with which OLMo-core mended a training run, 2026.

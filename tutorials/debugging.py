@@ -236,7 +236,7 @@ def clock_around(run):
 
 
 def loop_over(run):
-    """Seconds, of many runs on the same tensors, captured in a graph so that the CPU takes no time."""
+    """Seconds, of many runs on the same tensors, captured so that the CPU takes no time."""
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -335,7 +335,7 @@ if __name__ == "__main__":
         got = [result.view_as(expected) for result, expected in pairs]
         torch.testing.assert_close(got, wanted)
         error = max((a - b).abs().max().item() for a, b in zip(got, wanted, strict=True))
-        print(f"{G} masks: outputs and gradients within {error:.0e} of the loop's")
+        print(f"G = {G}: outputs and gradients within {error:.0e} of the loop's")
 
 # %%
 # What holds it up?

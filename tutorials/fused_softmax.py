@@ -92,7 +92,7 @@ def naive_softmax(x):
 # several operators into one kernel is called *fusion*.
 #
 # .. image:: /_static/softmax_traffic.svg
-#    :alt: Left: five operators, each with arrows to and from the GPU's memory, eight MN in all. Right: one fused kernel with one arrow in and one arrow out, two MN in all.
+#    :alt: Above: five operators, each with arrows to and from the GPU's memory, eight MN in all. Below: one fused kernel with one arrow in and one arrow out, two MN in all.
 #
 # Where the bytes are
 # -------------------

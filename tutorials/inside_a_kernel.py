@@ -404,7 +404,8 @@ if __name__ == "__main__" and not INTERPRET:
     rows = []
     for event, n in zip(events, trips, strict=True):
         share = n * x.nbytes / event.device_time / limit
-        rows.append([event.name[:40], event.device_time, n * x.nbytes >> 20, share])
+        name = event.name.removeprefix("void at::native::").partition("<")[0]
+        rows.append([name, event.device_time, n * x.nbytes >> 20, share])
     print(tabulate(rows, ["kernel", "µs", "MiB", "share of the copy"], floatfmt=".2f"))
 
 # %%

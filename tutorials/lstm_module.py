@@ -631,11 +631,12 @@ def benchmark(line, n_units, n_steps, batch, dtype, implementation=2):
 
 if __name__ == "__main__" and not INTERPRET:
     results = benchmark.run(show_plots=True, return_df=True)
-    for size, times in zip(SIZES, results, strict=True):
+    for (n_steps, batch, dtype), times in zip(SIZES, results, strict=True):
         ours, called, *others = times.values.T[1:]
         for name, other, our in zip(LINES[2:], others, (ours, called, ours), strict=True):
             low, high = min(our / other), max(our / other)
-            print(*size, f": {low:.2f} to {high:.2f} times as long as {name}")
+            print(f"{n_steps} steps, batch {batch}, {dtype}: ", end="")
+            print(f"{low:.2f} to {high:.2f} times as long as {name}")
     size = 1152, 70, 80, torch.bfloat16
     one, two = (benchmark.fn(LINES[0], *size, i) for i in (1, 2))
     print(f"implementation 1 takes {one / two:.2f} times as long as 2, at 1152 units")

@@ -212,6 +212,7 @@ if __name__ == "__main__":
         axis.imshow(picture.cpu().numpy(), cmap=colours, vmin=0, vmax=8, aspect="auto")
         axis.set(title=title, xticks=[], yticks=[], ylabel="samples")
         axis.grid(False)
+    figure.suptitle("A sample keeps its mask when the batch is shuffled", y=1.1)
     plt.show()
 
 # %%
@@ -286,11 +287,12 @@ def benchmark(n_elements, n_cols, dtype, line):
 
 
 if __name__ == "__main__" and not INTERPRET:
-    for speed in benchmark.run(show_plots=True, return_df=True):
+    tables = benchmark.run(show_plots=True, return_df=True)
+    for dtype, speed in zip(("float32", "bfloat16"), tables, strict=True):
         n_cols, matrix, transposed, torch_dropout, copy = speed.T.values
         wide = n_cols >= 64
         print(
-            f"matrix_dropout at 64 columns and up: {(matrix / copy)[wide].min():.0%} to "
+            f"{dtype} at 64 columns and up: {(matrix / copy)[wide].min():.0%} to "
             f"{(matrix / copy)[wide].max():.0%} of the copy,\n"
             f"{(matrix / torch_dropout)[wide].min():.2f} times F.dropout or more, "
             f"transposed {(transposed / copy)[wide].min():.0%} of the copy or more;\n"

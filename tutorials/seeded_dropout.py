@@ -344,8 +344,9 @@ def benchmark(n_elements, dtype, line):
 
 if __name__ == "__main__" and not INTERPRET:
     layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
-    for speed in benchmark.run(show_plots=True, return_df=True):
-        print(tabulate(speed[::2], "keys", **layout))
+    tables = benchmark.run(show_plots=True, return_df=True)
+    for dtype, speed in zip(("float32", "bfloat16"), tables, strict=True):
+        print(f"{dtype}\n\n{tabulate(speed[::2], 'keys', **layout)}\n")
 
 # %%
 # In float32 the count is confirmed now: dropout is about as fast as a copy. In bfloat16 this holds
@@ -369,8 +370,7 @@ if __name__ == "__main__" and not INTERPRET:
 # --------------------
 #
 # For a given seed dropout is linear: each element is multiplied by 0 or by 1 / (1 - p), and so is
-# its gradient. So the backward pass is the forward pass, run on the incoming gradient with the same
-# seed.
+# its gradient. So the backward pass runs the forward pass on the incoming gradient with that seed.
 #
 # A ``torch.autograd.Function`` tells PyTorch about this gradient. ``setup_context`` keeps what
 # ``backward`` needs, two numbers and no tensor. ``backward`` applies the function again, so that

@@ -313,7 +313,7 @@ if __name__ == "__main__":
         wanted = pull_back((dh, dc, torch.zeros_like(gates)))
         torch.testing.assert_close(gradients, wanted)
         error = max((a - b).abs().max() for a, b in zip(gradients, wanted, strict=True))
-        print(f"{G} masks: gradients within {error:.0e} of the loop's")
+        print(f"G = {G}: gradients within {error:.0e} of the loop's")
 
 # %%
 # Was the prediction right?

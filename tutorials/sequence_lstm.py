@@ -319,7 +319,7 @@ if __name__ == "__main__":
         torch.testing.assert_close(h[1:], wanted)
         assert torch.equal(h, launch_sequence(*inputs, lengths, masks)[0])
         error = (h[1:] - wanted).abs().max()
-        print(f"{G} masks: outputs within {error:.0e} of the loop's; twice the same bits")
+        print(f"G = {G}: outputs within {error:.0e} of the loop's; twice the same bits")
 
 # %%
 # Each part alone

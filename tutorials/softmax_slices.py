@@ -342,7 +342,8 @@ def lag_benchmark(lag_MiB, dtype):
 
 
 if __name__ == "__main__" and not INTERPRET:
-    lag_benchmark.run(show_plots=True, print_data=True)
+    speed = lag_benchmark.run(show_plots=True, return_df=True)
+    print(speed.to_string(index=False, float_format="%.0f"))
     copy = speed_of(torch.randn(2**28, device=DEVICE).clone, 2**31)
     print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
@@ -406,18 +407,20 @@ def benchmark(n_cols, dtype, line):
 
 
 if __name__ == "__main__" and not INTERPRET:
-    for speed in benchmark.run(show_plots=True, return_df=True):
+    tables = benchmark.run(show_plots=True, return_df=True)
+    for mark, speed in zip(benchmark.benchmarks, tables, strict=True):
+        print(f"{mark.plot_name}:")
         print(speed.dropna(axis=1, how="all").to_string(index=False, float_format="%.0f"))
         share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
         print(f"slices reach at least {share:.0%} of the limit\n")
 
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
-# they stay well below the copy. On an H100 the slices come close to the copy in float32, and reach
-# about nine tenths of it in bfloat16. An H200 computes as fast but has faster memory, and there they
-# reach more than four fifths of it in float32, and about three quarters in bfloat16. Forward, up to
-# 262144 columns, QuACK stays within a tenth of the copy on both. It gives each row to a *cluster* of
-# programs, which exchange numbers in shared memory.
+# they stay well below the copy. On an H100 the slices come close to the copy in float32, except
+# backward at 2^20 columns, and reach about nine tenths of it in bfloat16. An H200 computes as fast
+# but has faster memory, and there they reach about four fifths of it in float32, and about three
+# quarters in bfloat16. Forward, up to 262144 columns, QuACK stays within a tenth of the copy on both.
+# It gives each row to a *cluster* of programs, which exchange numbers in shared memory.
 #
 # As a public function
 # --------------------

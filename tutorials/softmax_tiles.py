@@ -403,7 +403,9 @@ if __name__ == "__main__" and not INTERPRET:
 
     layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
     for mark in (benchmark, backward_benchmark):
-        for speed in mark.run(show_plots=True, return_df=True):
+        tables = mark.run(show_plots=True, return_df=True)
+        for plot, speed in zip(mark.benchmarks, tables, strict=True):
+            print(f"{plot.plot_name}\n")
             print(tabulate(speed.dropna(axis=1, how="all"), "keys", **layout))
             share = speed.iloc[:, 1] / speed.iloc[:, -1]
             print(f"tiles reach at least {share.min():.0%} of the limit\n")

@@ -349,7 +349,8 @@ if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate
 
     times = benchmark.run(show_plots=True, return_df=True)
-    print(tabulate(times, "keys", floatfmt=".2f", showindex=False, maxheadercolwidths=14))
+    layout = {"floatfmt": (".0f", *4 * [".2f"]), "showindex": False}
+    print(tabulate(times, "keys", maxheadercolwidths=14, **layout))
 
 # %%
 # For few vectors, drawing the matrix takes less time than reading it, on an H200 only slightly less,
@@ -454,7 +455,7 @@ if __name__ == "__main__" and not INTERPRET:
 # 1. With density 1 an entry is a sign, for which one bit is enough. Write
 #    ``sign_projection(x, n_components, seed)``, which makes 128 entries from a call of Philox. How
 #    much faster do you expect it to be?
-# 2. Work out the variance of :math:`|y|^2 / |x|^2` for any density. Measure it for a vector whose
+# 2. Work out the variance of :math:`|y|^2 / {|x|}^2` for any density. Measure it for a vector whose
 #    features are all equal, and for one of which a single feature is not zero.
 #
 # .. note::
@@ -514,7 +515,7 @@ if __name__ == "__main__" and not INTERPRET:
 #    2. The entries are independent, and their odd powers have mean 0. With :math:`s = 1 / d` that
 #       leaves
 #
-#       .. math:: \mathrm{Var} \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{s - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
+#       .. math:: \mathrm{Var} \, \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{s - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
 #
 #       and for s = 3 this is :math:`2 / k`, as for a dense matrix of normal numbers. Each component
 #       of a projection to k of them, times :math:`\sqrt k`, is a projection to one component, so

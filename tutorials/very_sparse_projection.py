@@ -60,7 +60,7 @@ if __name__ == "__main__":
 # 1 / \sqrt{d\,k}`. At any density the squared length of y is on average that of x. But its variance
 # grows as d falls:
 #
-# .. math:: \mathrm{Var} \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{1/d - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
+# .. math:: \mathrm{Var} \, \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{1/d - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
 #
 # The last sum is 1 for a *spiky* vector, with all of its length in one feature. It is 1/D for a
 # *flat* vector, with D equal features. So sparseness costs accuracy where few features carry most
@@ -326,9 +326,10 @@ if __name__ == "__main__" and not INTERPRET:
     from tabulate import tabulate
 
     times = benchmark.run(show_plots=True, return_df=True)
-    print(tabulate(times, "keys", floatfmt=".2f", showindex=False, maxheadercolwidths=14))
+    layout = {"floatfmt": (".0f", *4 * [".2f"]), "showindex": False}
+    print(tabulate(times, "keys", maxheadercolwidths=14, **layout))
     for n_vectors, visited, *csr, _ in times.values:
-        print(f"{n_vectors:4.0f} vectors: {visited / min(csr):.2f} of CSR's time")
+        print(f"n_vectors {n_vectors:4.0f}: {visited / min(csr):.2f} of CSR's time")
 
 # %%
 # For one and for four vectors the stored CSR is far ahead: each load of the kernel has room for 64
@@ -480,7 +481,7 @@ if __name__ == "__main__" and not INTERPRET:
 #    1. A call for each feature chooses its component and its sign, and ``atomic_add`` adds the
 #       feature to that component. On average the squared length stays the same, so nothing is
 #       scaled. Its variance is that of a projection with density 1, by the formula above,
-#       :math:`\frac{2}{k} \left(1 - \sum_j x_j^4 / |x|^4\right)`, though each row has a single
+#       :math:`\frac{2}{k} \left(1 - \sum_j x_j^4 / {|x|}^4\right)`, though each row has a single
 #       entry.
 #
 #       .. code-block:: python

@@ -2,6 +2,7 @@
 
 import os
 import re
+import textwrap
 
 import numpy as np
 
@@ -28,10 +29,33 @@ def last(line):
     return values[np.isfinite(values)][-1]
 
 
+def title(axis, text):
+    """Write the message above a figure, in lines that are no longer than the figure is wide."""
+    text = textwrap.fill(text, 76, break_on_hyphens=False)
+    axis.set_title(text, loc="left", weight="bold")
+
+
+def plain_numbers(axis):
+    """Write 30 beside an axis with a logarithmic scale, not 3 x 10^1."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:,.10g}" if super().__call__(x, pos) else ""
+
+    axis.yaxis.set_major_formatter(Plain())
+    axis.yaxis.set_minor_formatter(Plain(labelOnlyBase=False))
+
+
 def label_ends(axis):
-    """Name each line at its right end, in its colour, and let a linear axis begin at 0."""
+    """Name each line at its right end, in its colour and beside a piece of it.
+
+    A linear axis begins at 0.
+    """
     if axis.get_yscale() == "linear":
         axis.set_ylim(bottom=0)
+    else:
+        plain_numbers(axis)
     drawn = [line for line in axis.get_lines() if np.isfinite(line.get_ydata()).any()]
     lines = sorted(drawn, key=last)
     to_share = axis.transData + axis.transAxes.inverted()
@@ -39,10 +63,13 @@ def label_ends(axis):
         to_share.transform((line.get_xdata()[-1], last(line)))[1] for line in lines
     ]
     for line, height in zip(lines, apart(heights), strict=True):
-        axis.text(
-            1.01, height, line.get_label(), color=line.get_color(), va="center",
-            transform=axis.transAxes,
+        look = {"color": line.get_color(), "transform": axis.transAxes}
+        axis.annotate(
+            "", (1.01, height), (1.05, height), "axes fraction",
+            arrowprops={"arrowstyle": "-", "color": line.get_color(), "lw": 1.5,
+                        "ls": line.get_linestyle(), "shrinkA": 0, "shrinkB": 0},
         )  # fmt: skip
+        axis.text(1.06, height, line.get_label(), va="center", **look)
 
 
 def apart(heights, gap=0.055, top=0.95):
@@ -104,7 +131,6 @@ def sign_lesson(block, block_vars, gallery_conf):
                     name = line.get_label().removesuffix(f" ({axis.get_ylabel()})")
                     line.set_label(name)
                 label_ends(axis)
-                title = axis.get_title(loc="left") or message(axis)
-                axis.set_title(title, loc="left", weight="bold")
+                title(axis, axis.get_title(loc="left") or message(axis))
         sign(figure, f"{machine}, commit {COMMIT}")
     return ""

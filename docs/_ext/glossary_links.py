@@ -19,7 +19,9 @@ def pattern(terms, exceptions):
         return "|".join(longest_first).replace(r"\ ", r"\s+")
 
     other = f"(?:{any_of(exceptions)})|" if exceptions else ""
-    return re.compile(rf"\b(?:{other}(?P<term>{any_of(terms)}))s?\b", flags=re.IGNORECASE)
+    word = rf"(?:{other}(?P<term>{any_of(terms)}))s?"
+    # Not in the middle of a name such as torch.jit.script.
+    return re.compile(rf"(?<![\w.]){word}\b(?!\.\w)", flags=re.IGNORECASE)
 
 
 def link(app, doctree, docname):

@@ -10,7 +10,7 @@ from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
 
 # A function's name keeps a small distance from an argument that has no bracket.
-APPLIED = re.compile(r"<mo>&ApplyFunction;</mo>(?!\s*(?:<mrow>\s*)*<mo[^>]*>\s*[(\[{|])")
+APPLIED = re.compile(r"<mo>&ApplyFunction;</mo>(?!\s*(?:<mrow>\s*)*<mo[^>]*>\s*[(\[{|,])")
 
 
 def mathml(tex, **options):
@@ -45,7 +45,21 @@ def raise_powers(app, doctree):
             text.parent.replace(text, nodes.Text(powers(text)))
 
 
+def join_signs(app, doctree):
+    """Keep a formula and the full stop behind it on one line."""
+    for formula in list(doctree.findall(nodes.math)):
+        text = formula.next_node(descend=False, siblings=True)
+        sign = isinstance(text, nodes.Text) and re.match(r"[.,:;?!)]+", text)
+        if sign:
+            parent, rest = formula.parent, nodes.Text(text[sign.end() :])
+            parent.remove(text)
+            joined = nodes.inline("", "", classes=["joined"])
+            parent.replace(formula, [joined, rest])
+            joined += [formula, nodes.Text(sign[0])]
+
+
 def setup(app):
     app.connect("doctree-read", raise_powers)
+    app.connect("doctree-read", join_signs)
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -43,3 +43,20 @@ Search.query = (query) => {
   }
   asTyped(query);
 };
+
+/* A result names the part of the page that it leads to, and no name is there twice. The best result comes last. */
+const allFound = Search._performSearch;
+Search._performSearch = (...asked) => {
+  const { alltitles, docnames } = Search._index;
+  const parts = {};
+  for (const [part, places] of Object.entries(alltitles))
+    for (const [file, id] of places) parts[`${docnames[file]}#${id}`] = part;
+  const named = ([page, title, anchor, ...rest]) => {
+    const part = parts[page + anchor];
+    const whole = !part || part === title || title.includes(" > ");
+    return [page, whole ? title : `${title} > ${part}`, anchor, ...rest];
+  };
+  const seen = new Set();
+  const once = ([, title]) => !seen.has(title) && seen.add(title);
+  return allFound(...asked).map(named).reverse().filter(once).reverse();
+};

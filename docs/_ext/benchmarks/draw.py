@@ -13,17 +13,22 @@ def message(benchmark, table):
     """What a figure shows, as a title: the kernel beside its limit and beside its peers."""
     stand = schema.standing(table, benchmark)
     if stand is None:
-        return ""
+        form = ".0f" if table.min().min() >= 1 else ".2f"
+        spans = [f"{name}: {span(table[name].dropna(), form)}" for name in table]
+        unit = benchmark.unit if benchmark.unit.startswith("%") else f" {benchmark.unit}"
+        return f"{', '.join(spans)}{unit}"
     parts = []
+    what = "the speed of " if benchmark.unit in schema.TIMES else ""
     for key, all_of_them in (("limit", "the limit"), ("peer", "the best of the others")):
         share, names = stand[key].dropna(), stand[f"{key} name"].dropna().unique()
         if share.empty:
             continue
         name = f"“{names[0]}”" if len(names) == 1 else all_of_them
         if key == "limit":
-            parts.append(f"{span(100 * share, '.0f')}% of {name}")
+            parts.append(f"{span(100 * share, '.0f')}% of {what}{name}")
         else:
-            parts.append(f"{span(share, '.2f')} times {name}")
+            parts.append(f"{span(share, '.2f')} times {what}{name}")
+        what = what and "that of "
     kernel = benchmark.named("kernel")[0]
     return f"{kernel}: {', '.join(parts)}" if parts else ""
 
@@ -69,7 +74,7 @@ def draw(machine, name, path):
                 table.index, table[line], label=line, color=look.colour, ls=look.dashes
             )
         axis.set(xlabel=powers(benchmark.xlabel), ylabel=benchmark.unit)
-        axis.set_title(powers(message(benchmark, table)), loc="left", weight="bold")
+        figures.title(axis, powers(message(benchmark, table)))
         axis.set_xscale("log", base=2) if benchmark.x_log else None
         if benchmark.y_log:
             axis.set_yscale("log")

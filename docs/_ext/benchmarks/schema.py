@@ -23,7 +23,8 @@ COLOURS = {
 PEERS = ("PyTorch", "torch.compile", "other")
 ROLES = ("kernel", "variant", *PEERS, "limit")
 DTYPES = ("float16", "bfloat16", "float32", "float64")
-LESS_IS_BETTER = ("ms", "us", "µs", "MiB")
+TIMES = ("ms", "us", "µs")
+LESS_IS_BETTER = (*TIMES, "MiB")
 
 
 DASHES = ("-", "--", "-.", ":")

@@ -129,7 +129,8 @@ def caption(app, machine, name):
     if (folder / f"runs/{name}.csv").exists():
         runs = pd.read_csv(folder / f"runs/{name}.csv")["run"].nunique()
         data += f", :download:`each run, with clocks and temperature <{base}/runs/{name}.csv>`"
-    measured = f"medians of {runs} runs, which differ by {spread:.1%} in the median"
+    differ = f"by {spread:.1%}" if spread >= 0.0005 else "by less than 0.1%"
+    measured = f"medians of {runs} runs, which differ {differ} in the median"
     return (
         f"Recorded on {benchmark.date} on an {machine.gpu} (driver {machine.driver}, torch "
         f"{machine.torch}, triton {machine.triton}, commit {benchmark.commit}): "
@@ -205,7 +206,9 @@ class Table(SphinxDirective):
 
 
 def at(benchmark, x):
-    return f"{draw.size(x)} {benchmark.xlabel.split(',')[0]}"
+    what = benchmark.xlabel.split(",")[0]
+    one = re.sub("^([a-z]+)s", r"\1", what)
+    return f"{draw.size(x)} {one if x == 1 else what}"
 
 
 class Results(Table):
@@ -306,7 +309,7 @@ def show_recorded(app, docname, source):
     """Put a lesson's recorded benchmarks behind the code that runs them."""
     on_record = {}
     for machine in machines(app):
-        on_record = machine.benchmarks | on_record
+        on_record |= machine.benchmarks | on_record  # in the order of the first
     for lesson in lessons(app):
         found = {name: b for name, b in on_record.items() if b.lesson == lesson.name}
         if docname == lesson.docname:
