@@ -14,7 +14,7 @@ import pytest
 from benchmarks import schema
 from bs4 import BeautifulSoup
 from conftest import INTERPRET
-from notebooks import run_cells
+from cells import run_cells
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "_build/html"

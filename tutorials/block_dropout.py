@@ -332,7 +332,7 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Rows and columns of large blocks are about as fast as the copy, except in bfloat16 on an H200, which
-# has the arithmetic of an H100 and faster memory: there they reach about four fifths of it. Odd
+# has the arithmetic of an H100 and faster memory: there they reach about seven eighths of it. Odd
 # columns need more arithmetic: eight elements of bfloat16 take three calls of Philox instead of two,
 # and four elements of float32 take two instead of one. That shows most in bfloat16, but large blocks
 # of them are still faster than ``F.dropout``, on an H200 only just. On the left all lines fall,

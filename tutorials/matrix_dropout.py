@@ -303,8 +303,8 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # In float32 the count is about confirmed, at 8 columns as well, and on an H100 in bfloat16, too. An
-# H200 has the same arithmetic and faster memory: wide rows of bfloat16 reach at most about four
-# fifths of the copy there. (``F.dropout`` stays below its count, which the bytes don't explain.)
+# H200 has the same arithmetic and faster memory: wide rows of bfloat16 reach about seven eighths of
+# the copy there. (``F.dropout`` stays below its count, which the bytes don't explain.)
 #
 # What a bad access pattern costs
 # -------------------------------

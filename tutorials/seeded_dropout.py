@@ -266,9 +266,8 @@ def seeded_dropout4x_kernel(
 
 
 # %%
-# A threshold of 2³² would not fit into a word. So the launch handles p = 1 without the kernel, and
-# also p = 0, which needs only a copy. It gives a program one warp, where Triton would take four. On
-# an H200 that is faster in bfloat16, and on an H100 it makes hardly a difference.
+# A threshold of 2³² would not fit into a word, so the launch handles p = 1 itself, and p = 0, too.
+# One warp a program is slower than Triton's four for small tensors, but faster on an H200 for large.
 
 
 def launch_seeded_dropout4x(
@@ -297,9 +296,8 @@ if __name__ == "__main__":
 # How fast is it now?
 # -------------------
 #
-# The figures show GB/s of :math:`x` and :math:`y` over the size, for both kernels, ``F.dropout``,
-# ``F.dropout`` under ``torch.compile``, and a copy as the limit. The CPU takes longer to launch a
-# small kernel than the GPU to run it, so the calls are captured in a graph first, and replayed.
+# The figures show GB/s of :math:`x` and :math:`y` over the size, and a copy as the limit. The CPU
+# takes longer to launch a small kernel than the GPU to run it, so the calls are captured in a graph.
 
 
 def captured(run, x):
@@ -350,9 +348,9 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # In float32 the count is confirmed now: dropout is about as fast as a copy. In bfloat16 this holds
-# on an H100. An H200 has the same arithmetic and faster memory, and there dropout comes much closer
-# to the copy than before, but does not reach it. ``torch.compile`` stores no mask here, but it uses
-# one word of four, as our first kernel does, and in bfloat16 it is about as slow.
+# on an H100. An H200 has the same arithmetic and faster memory, and there dropout stays a little
+# below the copy. ``torch.compile`` stores no mask here, but it uses one word of four, as our first
+# kernel does, and in bfloat16 it is about as slow.
 #
 # Are ten rounds too many? Philox passes the tests of its paper with seven. Try it in bfloat16:
 
@@ -363,8 +361,8 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{n_rounds} rounds: {copies[torch.bfloat16] / time:.0%} of a copy's speed")
 
 # %%
-# On an H100 fewer rounds gain next to nothing, because memory is the limit. On an H200 seven rounds
-# are visibly faster than ten. We keep ten, as Triton and PyTorch do.
+# On an H100 fewer rounds gain next to nothing. On an H200 seven are visibly faster than ten. We keep
+# ten, as Triton and PyTorch do.
 #
 # As a public function
 # --------------------

@@ -60,15 +60,15 @@ if __name__ == "__main__":
 #
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
-# So all slices of a row are read to find :math:`m` and :math:`s`, and again to write :math:`y`. With
-# M rows of N columns that moves :math:`3MN` elements instead of :math:`2MN`, which allows at most
-# two thirds of a copy's speed.
+# So all slices are read to find :math:`m` and :math:`s`, and again to write :math:`y`. That moves
+# :math:`3MN` elements for M rows of N columns instead of :math:`2MN`: at most two thirds of a copy's
+# speed.
 #
 # Read it again while it is in the cache
 # --------------------------------------
 #
-# *L2*, the GPU's cache, keeps tens of megabytes of what was used last. If the second read of a slice
-# follows soon after the first, the data is still there. So one launch does both.
+# *L2*, the GPU's cache, keeps tens of megabytes. If the second read of a slice follows soon after
+# the first, the data is still there.
 #
 # We number the slices of all rows 0, 1, 2, ... Program t reads slice t for the first time and
 # writes its two numbers to memory. It also reads an older slice, t - ``lag``, for the second time,
@@ -83,8 +83,8 @@ if __name__ == "__main__":
 #
 # How does a program know whether a number has been written? Before the launch we fill ``stats``, the
 # memory for the numbers, with a mark: all bits set, which is -1 as an integer and a NaN as a
-# floating-point number. A program loads all numbers of its older slice's row again and again, until
-# none is the mark. Three details make that work:
+# floating-point number. A program loads all numbers of its older slice's row until none is the mark.
+# Three details make that work:
 #
 # - A NaN is not equal to itself, so ``stats`` holds integers, and ``.to(..., bitcast=True)`` takes
 #   the same bits as the other type.
@@ -101,10 +101,9 @@ if __name__ == "__main__":
 #
 # So a program takes a *ticket* when it starts, in place of its ``program_id``: ``tl.atomic_add``
 # adds 1 to a counter in memory and returns what was there before, so no two programs get the same
-# number t. (With ``sem="relaxed"``, loads and stores around it may change places.) A row has at
-# most ``lag`` slices, so a program waits only for slices with smaller tickets, which belong to
-# programs that have started already. Of these, the one with the smallest ticket waits for nobody. So
-# it ends, then the next one, and so all do.
+# number t. A row has at most ``lag`` slices, so a program waits only for slices with smaller tickets,
+# which belong to programs that have started already. Of these, the one with the smallest ticket
+# waits for nobody. So it ends, then the next one, and so all do.
 #
 # The kernel
 # ----------
@@ -418,9 +417,9 @@ if __name__ == "__main__" and not INTERPRET:
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # they stay well below the copy. On an H100 the slices come close to the copy in float32, except
 # backward at 2^20 columns, and reach about nine tenths of it in bfloat16. An H200 computes as fast
-# but has faster memory, and there they reach about four fifths of it in float32, and about three
-# quarters in bfloat16. Forward, up to 262144 columns, QuACK stays within a tenth of the copy on both.
-# It gives each row to a *cluster* of programs, which exchange numbers in shared memory.
+# but has faster memory, and there they reach about four fifths in float32, and three quarters in
+# bfloat16. Up to 262144 columns, QuACK's forward pass stays within a tenth of the copy. It gives each
+# row to a *cluster* of programs, which exchange numbers in shared memory.
 #
 # As a public function
 # --------------------

@@ -5,9 +5,8 @@ Softmax in tiles, and its gradient
 ==================================
 
 You make the softmax of narrow rows fast by giving each program several rows, and you add the
-gradient. The kernel of :ref:`fused softmax` gives each program one row, which is too little work if
-the row is short, and at some widths it moves the elements one by one. Here you mend both, for rows
-that take up to 64 KiB in float32.
+gradient. One row a program, as in :ref:`fused softmax`, is too little work if the row is short, and
+at some widths elements move one by one. Here you mend both, for rows of up to 64 KiB in float32.
 
 You will learn
 
@@ -64,33 +63,29 @@ if __name__ == "__main__":
 # .. image:: /_static/tile_addresses.svg
 #    :alt: A column of four row starts plus a row of column numbers gives a block of four by eight addresses. Below, eight threads that read neighbouring elements need one piece of memory; eight that read elements far apart need eight.
 #
-# The lower half of the picture shows why neighbours in ``cols`` should be neighbours in memory. The
-# 32 threads of a warp load together, and the memory delivers pieces of 32 bytes. If neighbouring
-# threads load neighbouring elements, every byte of a piece is used: the loads are *coalesced*. If
-# the elements lie far apart, each needs a piece of its own, most of which is thrown away.
+# The lower half shows why neighbours in ``cols`` should be neighbours in memory. The 32 threads of a
+# warp load together, and memory comes in sectors of 32 bytes. If neighbouring threads load
+# neighbouring elements, every byte is used: the loads are *coalesced*. Elements far apart need a
+# sector each, most of which is thrown away.
 #
 # Why Triton has to know where rows begin
 # ---------------------------------------
 #
 # A thread can load 16 bytes with one instruction, but only from a multiple of 16. So the compiler
-# uses this instruction only if it is certain of the address.
-#
-# Triton looks at each argument. If a tensor begins at a multiple of 16 bytes, or an integer is a
-# multiple of 16, Triton compiles a version of the kernel that relies on this. So the compiler is
-# certain about the first row. The second of 5000 columns in bfloat16 begins 10000 bytes further on.
-# That is a multiple of 16, but the integer 5000 is not, so the compiler can't be certain, and loads
-# each element by itself. With 5001 columns, most rows really begin between two multiples.
+# uses this instruction only if it is certain of the address. If a tensor begins at a multiple of 16
+# bytes, or an integer argument is a multiple of 16, Triton compiles a version of the kernel that
+# relies on this. But the second row of 5000 columns in bfloat16 begins 10000 bytes further on. That
+# is a multiple of 16, and the integer 5000 is not, so the compiler can't be certain, and loads each
+# element by itself. With 5001 columns, most rows really begin between two multiples.
 #
 # So the kernel divides each row. ``VECTOR`` is the number of elements in 16 bytes. The *whole
 # vectors* of a row are its elements from the first multiple of 16 bytes up to the last one. Before
 # and behind them lie the *edges*, fewer than ``2 * VECTOR`` elements, which are loaded one by one.
-# ``tile_at`` computes ``begin``, where the whole vectors begin, and ``whole``, how many elements
-# they have. For both it divides by ``VECTOR`` and multiplies again. The compiler knows ``VECTOR``, a
-# ``tl.constexpr``, so it is certain that both are multiples of it.
+# ``whole_vectors`` divides by ``VECTOR``, a ``tl.constexpr``, and multiplies again. So the compiler
+# is certain that the results are multiples of it.
 #
-# ``EDGES`` is the size of the block for the edges. It is 0 if all rows begin at multiples of 16
-# bytes, and for tiles of several rows, where edges would be a large part of each row. There we use a
-# smaller ``VECTOR``, which divides the width.
+# ``EDGES`` is the size of the block for the edges. It is 0 if there are none, and for tiles of
+# several rows, which take a smaller ``VECTOR`` that divides the width.
 #
 # The kernel
 # ----------
@@ -179,17 +174,12 @@ def tile_softmax_kernel(
 # Launch it
 # ---------
 #
-# A tile has 4096 elements. We found this size by measuring on an H100: larger tiles leave room for
-# fewer programs at a time, and smaller ones spend more time on starting.
-#
-# If a row is longer, we cut it into *pieces* of 1024 columns. The size of a block is a power of two,
-# so a row of 5000 columns as one block would take 8192 elements, and the program would compute two
-# fifths of them for nothing. Five pieces have only 5120. In the kernel, ``pieces`` is a tuple, and
-# the compiler unrolls each loop over ``tl.static_range``, so all pieces stay in registers.
-#
-# A program has at most 512 threads. A multiprocessor has 65536 registers, and each thread of this
-# kernel takes more than 32, so only one program of 1024 threads would fit. With 512 threads two
-# programs fit, and while one computes, the other loads.
+# A tile has 4096 elements. We found this size by measuring: larger tiles leave room for fewer
+# programs at a time, and smaller ones spend more time on starting. A longer row is cut into *pieces*
+# of 1024 columns. The size of a block is a power of two, so a row of 5000 columns as one block would
+# take 8192 elements, two fifths of them for nothing. Five pieces have only 5120. In the kernel,
+# ``pieces`` is a tuple, and the compiler unrolls each loop over ``tl.static_range``, so all pieces
+# stay in registers.
 #
 # All dimensions before the last together number the rows. A transposed matrix is copied, because
 # neighbours in its rows are not neighbours in memory.
@@ -202,7 +192,10 @@ WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().wa
 
 
 def warps(n_bytes, each):
-    """The number of warps that gives each thread at most so many bytes, if 512 threads do."""
+    """The number of warps that gives each thread at most so many bytes, up to 512 threads.
+
+    Of 1024 threads, which take more than 32 registers each, only one program would fit.
+    """
     return min(triton.next_power_of_2(triton.cdiv(n_bytes, WARP * each)), 512 // WARP)
 
 
@@ -322,10 +315,9 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# All matrices have 2^28 elements, so no launch is short. "One row a program" is the same kernel
-# without tiles and whole vectors, as in :ref:`fused softmax`. The other lines are ``torch.softmax``,
-# the five operators of that lesson fused by ``torch.compile``, a copy, which is the limit, and the
-# libraries Liger and QuACK, where they are installed. (QuACK refuses 12161 columns.)
+# All matrices have 2^28 elements. "One row a program" is the same kernel without tiles, pieces and
+# whole vectors. A copy is the limit. Liger and QuACK are shown where they are installed. (QuACK
+# refuses 12161 columns.)
 
 from importlib import import_module
 
@@ -411,16 +403,11 @@ if __name__ == "__main__" and not INTERPRET:
             print(f"tiles reach at least {share.min():.0%} of the limit\n")
 
 # %%
-# In bfloat16, one row a program is slow above all at 256 columns, where several rows a program
-# help, and at 5000 and 12161 columns, where whole vectors help. In float32 it is already about as
-# fast as the copy, except at 5000 and 12161 columns and, on an H200, at 256.
-# ``torch.softmax`` and ``torch.compile`` are at their best on narrow rows. On wider ones
-# ``torch.softmax`` falls behind in both dtypes, and ``torch.compile`` above all in bfloat16. PyTorch's
+# In bfloat16, one row a program is slow at 256 columns, where several rows a program help, and at
+# 5000 and 12161 columns, where whole vectors and pieces help. In float32 on an H100 it is already
+# about as fast as the copy. With tiles, all widths are, in both dtypes, and so is the backward pass.
+# On wide rows ``torch.softmax`` falls behind, and ``torch.compile`` above all in bfloat16. PyTorch's
 # backward pass reaches at most about half of its limit.
-#
-# At 5000, 12160 and 12161 columns in bfloat16, the tiles stay a few per cent below the copy on an
-# H100, and nearly a fifth below it on an H200. An H200 computes as fast but has faster memory, so
-# arithmetic takes a larger share of the time.
 #
 # As a public function
 # --------------------
@@ -490,30 +477,24 @@ def tile_softmax(x):
     return (TileSoftmax.apply if slow else quick_apply)(x)
 
 
-if __name__ == "__main__":
-    x = torch.randn(3, 7, device=DEVICE, dtype=torch.float64, requires_grad=True)
-    torch.autograd.gradcheck(tile_softmax, x)
-    torch.autograd.gradgradcheck(tile_softmax, x)
-    print("first and second derivatives agree with finite differences")
-
 # %%
-# Why does it stop at 64 KiB? A row has to stay in the registers of a multiprocessor, which hold 256
-# KiB. The backward pass holds two rows, in float32, and what doesn't fit spills to memory.
-# :ref:`softmax slices` is about wider rows. With small inputs the CPU's time for a call counts, too:
-# :ref:`operators` measures it.
+# Why does it stop at 64 KiB? A row has to stay in a multiprocessor's registers, which hold 256 KiB,
+# and the backward pass holds two rows. :ref:`softmax slices` is about wider ones.
 #
 # Exercises
 # ---------
 #
-# 1. Pieces have 1024 columns. Try 512 and 4096 in bfloat16, and predict what the figure shows at
-#    5000 and 16384 columns before you look.
+# 1. Pieces have 1024 columns. Try 4096 in bfloat16, and predict what the figure shows at 5000
+#    columns before you look.
 # 2. Turn the forward kernel into one for the RMS norm of rows, which divides each element by
 #    :math:`\sqrt{\tfrac{1}{n} \sum_k x_k^2 + 10^{-6}}`.
 #
 # .. note::
 #    Try it first.
 #
-#    1. ANSWER
+#    1. Two pieces of 4096 columns have 8192 elements again. On an H100 nothing is lost, since memory
+#       is the limit either way. On an H200, whose memory is faster, arithmetic is the limit then, and
+#       5000 columns take about a quarter longer.
 #    2. The maximum is not needed, and the padding becomes 0, which adds nothing to the sum of
 #       squares. The launch stays as it is.
 #
