@@ -13,8 +13,8 @@ import nbformat
 import pytest
 from benchmarks import schema
 from bs4 import BeautifulSoup
-from conftest import INTERPRET
 from cells import run_cells
+from conftest import INTERPRET
 
 ROOT = Path(__file__).parent.parent
 SITE = ROOT / "_build/html"
