@@ -224,10 +224,9 @@ if __name__ == "__main__":
 # .. image:: /_static/mask_numbers.svg
 #    :alt: Dropout takes number 1, a checkpointed function number 2, and dropout in it 2.1 and 2.2 in both runs. The seed has 23 bits for the stream and 40 for the pass. The counter has 64 bits for the index and 64 for the number.
 #
-# In the second run of a checkpointed function that counter would have moved on. So the function
-# gets a counter of its own. ``checkpointed`` takes one number for the whole function, and each run
-# gets new ``Masks``, which count *below* that number: 2.1, 2.2, and so on, like the sections of a
-# book. Each level has 12 bits.
+# In the second run of a checkpointed function that counter would have moved on. So ``checkpointed``
+# takes one number for the whole function, and each run gets new ``Masks``, which count *below* that
+# number: 2.1, 2.2, and so on, like the sections of a book. Each level has 12 bits.
 
 
 def current_backward():
@@ -271,16 +270,15 @@ def checkpointed(function, *inputs, masks, **options):
 
 
 # %%
-# What if you use PyTorch's ``checkpoint`` after all? The second run would go on counting with the
-# ``Masks`` of the first. But it is part of a backward pass, and those ``Masks`` were made before
-# it. ``next_number`` notices that, and raises an error.
+# Under PyTorch's own ``checkpoint`` the second run would go on counting with the ``Masks`` of the
+# first. ``next_number`` notices that they were made before this backward pass, and raises an error.
 #
 # As a public function
 # --------------------
 #
-# The gradient and the operator are made as in :ref:`seeded dropout`. ``SeededDropout`` is the
-# module to use. Its ``forward`` has a second argument, the masks, so Python itself raises an error
-# if you forget them. ``Seeds`` hands them out, with another seed for each pass.
+# The gradient and the operator are made as in :ref:`seeded dropout`. The ``forward`` of the module,
+# ``SeededDropout``, has a second argument, the masks, so Python raises an error if you forget them.
+# ``Seeds`` hands them out, with another seed for each pass.
 
 import numbers
 

@@ -442,8 +442,7 @@ if __name__ == "__main__":
 
 # %%
 # No two of these ranks have an element in common, and every place has a word of its own, so no word
-# is used twice. A seed has words for 2^66 places, which is 2^27 tensors of this size. And since all
-# ranks share the seed, none of its 64 bits are spent on numbering the ranks.
+# is used twice. A seed has words for 2^66 places, which is 2^27 tensors of this size.
 #
 # Exercises
 # ---------
