@@ -415,7 +415,8 @@ if __name__ == "__main__":
 # another order. The masks do agree to the last bit. So if the losses differ by more than rounding,
 # there is a bug, and you can look for it.
 #
-# On two H100s ``sharded_dropout`` is as fast as a copy. The site's page *Benchmarks* has the table.
+# On two GPUs, both an H100, ``sharded_dropout`` is as fast as a copy. The site's page *Benchmarks*
+# has the table.
 #
 # Sixteen thousand ranks
 # ----------------------
