@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 
 server = multiprocessing.get_context("forkserver")
@@ -18,6 +19,8 @@ server.set_forkserver_preload(
 
 
 def redirected(log, function, *arguments):
+    # Ignored if the tests were started in a shell's background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
