@@ -78,7 +78,7 @@ def test_every_dtype_and_p(randn, dtype, p):
         torch.testing.assert_close(y[kept], x[kept] / (1 - p), rtol=2**-51, atol=0)
 
 
-@pytest.mark.parametrize("tile", [(1, 4), (1, 64), (4, 16), (8, 8), (64, 4)])
+@pytest.mark.parametrize("tile", [(1, 1024), (4, 256), (16, 64), (256, 4), (128, 32)])
 def test_result_does_not_depend_on_the_tile(randn, tile):
     x, seeds = randn(19, 43), seeds_for(19)
     y = torch.full_like(x, math.nan)

@@ -171,7 +171,7 @@ def launch_tiles(y, x, p, seeds, ROWS, COLS):
     with torch.cuda.device_of(x):  # with several GPUs, launch on the one that holds x
         matrix_dropout_kernel[(n_tiles,)](
             y, x, seeds, n_rows, n_cols // ALIGN, row_stride // ALIGN, col_stride,
-            threshold, scale, ROWS, COLS, ALIGN, num_warps=max(ROWS * COLS // 1024, 1),
+            threshold, scale, ROWS, COLS, ALIGN, num_warps=ROWS * COLS // 1024,
         )  # fmt: skip
 
 

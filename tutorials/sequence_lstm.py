@@ -391,9 +391,9 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # The dotted line is close to the solid one, so the programs hardly wait for each other. The barrier
-# alone takes longer than the difference, because most of it is the way of the counter to L2 and
-# back, and the programs of the dotted line also go that way. With few units this is a large part of
-# a step. With many units the bytes count: they grow with the square of the units.
+# alone takes longer than the difference, because most of it is the time that the counter takes to
+# L2 and back, which the dotted line contains as well. With few units this is a large part of a
+# step. With many units the bytes count: they grow with the square of the units.
 #
 # Then compare the whole sequence with the products alone, one launch a step. On an H100 and an H200,
 # up to 256 units, a whole step takes no longer than its product, because even in a graph each

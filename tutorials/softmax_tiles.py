@@ -405,7 +405,7 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # In bfloat16, one row a program is slow at 256 columns, where several rows a program help, and at
 # 5000 and 12161 columns, where whole vectors and pieces help. In float32 on an H100 it is already
-# about as fast as the copy. With tiles, all widths are, in both dtypes, and so is the backward pass.
+# about as fast as the copy. With tiles every width is close to the limit, forward and backward.
 # On wide rows ``torch.softmax`` falls behind, and ``torch.compile`` above all in bfloat16. PyTorch's
 # backward pass reaches at most about half of its limit.
 #
