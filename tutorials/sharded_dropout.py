@@ -353,6 +353,7 @@ weights = [weight.full_tensor().detach().cpu() for weight in (up, down)]
 if dist.get_rank() == 0:
     torch.save(weights, after)
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads can crash an interpreter that is shutting down
 """
 
 # %%

@@ -59,7 +59,7 @@ def run(app, changed):
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                script = waiting.pop(0)
+                script = waiting.pop()  # the later lessons take longer
                 provenance.forget(app, script)
                 logger.info("running %s", script.name)
                 gallery, limit = provenance.gallery(app), app.config.lesson_limit
