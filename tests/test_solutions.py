@@ -118,14 +118,6 @@ def test_other_pieces(monkeypatch, randn, piece):
     torch.testing.assert_close(y, torch.softmax(x, dim=-1))
 
 
-def test_rms_norm_in_tiles(changed, randn):
-    lesson = changed("softmax_tiles", 2, "Is it right?")
-    for shape in ((183, 781), (3, 4, 40), (2, 5001)):
-        x = randn(*shape)
-        expected = torch.nn.functional.rms_norm(x, shape[-1:], eps=1e-6)
-        torch.testing.assert_close(lesson.launch_tile_softmax(x), expected)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slices_without_tickets(changed, randn, dtype):
     lesson = changed("softmax_slices", 1, "Is it right?")
@@ -277,7 +269,7 @@ def test_lookup_drops_the_same_words_as_the_module(solve, randn):
 
 def test_shared_dropout_shares_among_steps_and_sequences(solve, randn):
     x = randn(5, 3, 40)
-    shared = solve("recurrent_dropout", 2).TiedDropout(0.5)
+    shared = solve("recurrent_dropout", 2).BatchDropout(0.5)
     mask = shared(torch.ones_like(x))
     assert torch.equal(mask, mask[:1, :1].expand_as(x))
     assert set(mask.unique().tolist()) == {0, 2}

@@ -89,7 +89,8 @@ def dropout_kernel(
     inside = offsets < n_elements
     x = tl.load(x_ptr + offsets, mask=inside)
     x_keep = tl.load(x_keep_ptr + offsets, mask=inside)
-    # A Python float arrives as float32, too coarse for float64, unless it is annotated.
+    # Unless annotated, a Python float arrives as float32, too coarse for float64. All other
+    # dtypes take float32, in which the product is computed, too.
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     tl.store(y_ptr + offsets, tl.where(x_keep != 0, x * scale, 0.0), mask=inside)
@@ -225,8 +226,8 @@ if __name__ == "__main__" and not INTERPRET:
 
     small, large = speed.iloc[0], speed.iloc[-1]
     rows = []
-    for i, n_bytes in enumerate([9, 12, 17, 8], start=1):  # for each element
-        microseconds = 8 * small.iloc[0] / small.iloc[i] / 1e3
+    for i, n_bytes in enumerate([9, 12, 17, 8], start=1):  # moved for each element
+        microseconds = 8 * small.iloc[0] / small.iloc[i] / 1e3  # bytes / (GB/s) are ns
         name, share = (
             speed.columns[i].removesuffix(" (GB/s)"),
             large.iloc[i] / large.iloc[-1],

@@ -4,7 +4,7 @@
 One mask on any number of GPUs
 ==============================
 
-Train the same model on one GPU and on four, and ordinary dropout gives you two different runs. Each
+If you train the same model on one GPU and on four, ordinary dropout gives two different runs. Each
 GPU draws from a generator of its own, so the mask, and with it every loss, depends on how the
 tensor was divided. Then you can't repeat a run on another machine, and you can't tell whether a
 difference comes from a bug or from another mask. In this lesson each GPU draws exactly its part of
@@ -55,9 +55,9 @@ if __name__ == "__main__":
 # The problem
 # -----------
 #
-# A large model is divided among GPUs. Each GPU, called a *rank*, holds a block of a tensor and
-# computes with it. How does it draw the dropout mask of its block? Three ways are in use, and you
-# will build the fourth.
+# A large model is divided among GPUs. Each GPU has a process of its own, a *rank*, which holds a
+# part of a tensor, its *block*, and computes with it. How does it draw the dropout mask of its
+# block? Three ways are in use, and you will build the fourth.
 #
 # - Every rank has the same seed. Then all ranks draw the same numbers, so the blocks' masks are
 #   copies of each other.
@@ -68,6 +68,8 @@ if __name__ == "__main__":
 #   point of one stream of random numbers. These masks, too, depend on how the tensor is divided (an
 #   open issue, see the references).
 # - The mask is a function of the seed and of each element's *place* in the whole tensor.
+#
+# This function draws the masks of the first two ways:
 
 
 def generator_mask(seed, width):
@@ -75,11 +77,11 @@ def generator_mask(seed, width):
 
 
 # %%
-# The function above draws the masks of the first two ways. The last way needs a generator without a
-# state, and :ref:`seeded dropout` has one. **Element i of the whole tensor, in row-major order, is
-# kept when word i mod 4 of Philox, with the seed as key and the counter ⌊i / 4⌋, is at least
-# p · 2³², rounded.** This definition does not mention ranks. A rank only has to know the place i of
-# each of its elements.
+# The last way needs a generator without a state, and :ref:`seeded dropout` has one. **Number the
+# elements of the whole tensor in row-major order. Philox, with the seed as key and ⌊i / 4⌋ as
+# counter, gives four words. Element i is kept when word i mod 4 is at least p · 2³², rounded.**
+# This definition does not mention ranks. A rank only has to know the place i of each of its
+# elements.
 #
 # .. image:: /_static/sharded_places.svg
 #    :alt: A matrix of 4 by 8 elements, numbered row by row from 0 to 31. One rank holds columns 4 to 7 of rows 0 and 1: places 4 to 7 and 12 to 15. Each group of four places shares one call of Philox.
@@ -87,19 +89,21 @@ def generator_mask(seed, width):
 # The kernel
 # ----------
 #
-# A block is a range of each dimension of the tensor: it begins at ``offsets`` and has the shape of
-# ``x``. Its *rows* are the runs of neighbours in the last dimension. Within a row the places count
-# up one by one, so only the first place of each row has to be computed. That takes one division per
-# row for each dimension between the first and the last, and none for the elements. (Places and
-# addresses have 64 bits, and a GPU needs many instructions for such a division.)
+# A rank's block is a range of each dimension of the tensor: it begins at ``offsets`` and has the
+# shape of ``x``. A *row* holds the elements that differ only in the last index. Within a row the
+# places count up one by one, so only the first place of each row has to be computed. That takes one
+# division per row for each dimension between the first and the last, and none for the elements.
+# (Places and addresses have 64 bits, and a GPU needs many instructions for such a division.)
+# ``sizes``, ``places`` and ``strides`` say, for each dimension but the last, its size in the block,
+# and how far apart neighbours are in the whole tensor and in memory.
 #
-# Four places share a call of Philox. A thread loads 16 bytes at a time, a group of ``GROUP``
-# neighbours: in bfloat16 there are eight, which take two calls. If a row begins in the middle of
-# four places, so do its groups, and each takes one call more. The thread sets a bit of an integer
-# for each word that keeps its element, and shifts out the bits of places before the group.
-# ``tl.interleave`` then gives each element a copy whose lowest bit is its own. If the launch finds
-# that all rows begin at a multiple of four, it sets ``ALIGNED``, and the kernel leaves out the last
-# call and the shift.
+# Four places share a call of Philox. A thread loads a group of ``GROUP`` neighbours at a time, of
+# 16 bytes: in bfloat16 there are eight, which take two calls. If a row begins in the middle of four
+# places, so do its groups, and each takes one call more. The thread collects the decisions as bits
+# of one integer, and shifts out those of places before the group. Each ``tl.interleave`` then
+# doubles the number of elements: one copy of the bits stays as it is, the other is shifted. At the
+# end, each element's decision is its lowest bit. If the launch finds that all rows begin at a
+# multiple of four, it sets ``ALIGNED``, and the kernel leaves out the last call and the shift.
 
 
 @triton.jit
@@ -150,10 +154,9 @@ def block_dropout_kernel(
 # (``(place + first_col) // 4`` is ``place // 4 + first_col // 4``, because ``first_col`` is a
 # multiple of 4. So the shift by ``place % 4`` suits all groups of a row.)
 #
-# The launch lists the dimensions. For each it notes the size in the block, the distance between
-# neighbours in the whole tensor, and their distance in memory. If one dimension continues another
-# without a gap, both in the whole tensor and in memory, the two are joined. So a block of whole
-# rows of a matrix becomes a single long row, and no division is needed.
+# The launch lists the dimensions, each with its size and both distances. If one dimension continues
+# another without a gap, both in the whole tensor and in memory, the two are joined. So a block of
+# whole rows of a matrix becomes a single long row, and no division is needed.
 
 
 def block_dimensions(x, shape):
@@ -191,7 +194,7 @@ def launch_block_dropout(
     n_rows = x.numel() // n_cols
     sizes, places, strides = zip(*outer, strict=True) if outer else ((1,), (0,), (0,))
     ALIGNED = all(place % 4 == 0 for place in (first, *places))
-    GROUP = max(16 // x.element_size(), 4)  # a thread loads 16 bytes at a time
+    GROUP = max(16 // x.element_size(), 4)  # a thread loads 16 bytes, or 4 places
     BLOCK = 2048 // x.element_size()
     COLS = min(max(triton.next_power_of_2(n_cols), GROUP), BLOCK)
     ROWS = BLOCK // COLS
@@ -208,8 +211,8 @@ def launch_block_dropout(
 # -----------------
 #
 # Here are three of the four ways, for a matrix of 16 x 32 whose columns are divided among 1, 2 and
-# 4 ranks. The seed is 7, and one process draws for each rank in turn. Blue is kept, grey is dropped,
-# and black lines part the ranks. (The next lesson tries ``DTensor``.)
+# 4 ranks. The seed is 7, and one process draws for each rank in turn. Blue is kept, grey is
+# dropped, and black lines separate the ranks. (The next lesson tries ``DTensor``.)
 
 
 def columns(n_ranks, n_cols=32):
@@ -254,8 +257,8 @@ if __name__ == "__main__":
 #
 # Only the last way draws the same mask for all numbers of ranks. Now we cut blocks at awkward
 # places out of a tensor of three dimensions. Each has to equal the same piece of the whole result,
-# bit for bit. Then comes a block of a tensor of 2^45 elements, which fits on no GPU. The right half
-# of this block, drawn alone, has to be the same again.
+# bit for bit. Then comes a block of a tensor of 2^45 elements. The whole tensor would fit on no
+# GPU. The right half of the block, drawn alone, has to be the same again.
 
 if __name__ == "__main__":
     shape = [6, 7, 13]
@@ -282,8 +285,7 @@ if __name__ == "__main__":
 # -----------
 #
 # The kernel moves as many bytes as a copy. We measure blocks of 8192 columns, as one rank of eight
-# would hold them: an eighth of the rows of a matrix, whose places have no gaps, and an eighth of the
-# columns.
+# would hold them: an eighth of a matrix's rows, which is gapless, or an eighth of its columns.
 
 
 @triton.testing.perf_report(
@@ -331,18 +333,19 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"{dtype}, last line: {shares} of the copy's speed for the three blocks\n")
 
 # %%
-# Rows and columns of large blocks are about as fast as the copy, except in bfloat16 on an H200, which
-# has the arithmetic of an H100 and faster memory: there they reach about seven eighths of it. Odd
-# columns need more arithmetic: eight elements of bfloat16 take three calls of Philox instead of two,
-# and four elements of float32 take two instead of one. That shows most in bfloat16, but large blocks
-# of them are still faster than ``F.dropout``, on an H200 only just. On the left all lines fall,
-# because there a launch takes longer than the work.
+# Large blocks of rows or columns are about as fast as the copy, except in bfloat16 on an H200,
+# which has the arithmetic of an H100 and faster memory: there they reach about seven eighths of it.
+# Odd columns need more arithmetic: eight elements of bfloat16 take three calls of Philox instead of
+# two, and four elements of float32 take two instead of one. The loss is largest in bfloat16, but
+# large blocks are still faster than ``F.dropout``, on an H200 only just. On the left all lines are
+# low, because there starting and ending a kernel takes longer than the work.
 #
 # As a public function
 # --------------------
 #
-# ``block_dropout`` checks its arguments and has a gradient, as :ref:`operators` explains. The next
-# lesson, :ref:`sharded dropout`, takes the shape and the offsets from a ``DTensor``.
+# ``block_dropout`` checks its arguments and has a gradient, as :ref:`operators` explains: the same
+# mask, drawn again, for the incoming gradient. The next lesson, :ref:`sharded dropout`, takes the
+# shape and the offsets from a ``DTensor``.
 
 import math
 import numbers
@@ -444,8 +447,6 @@ def block_dropout(x, p, seed, shape, offsets):
 #    ``seed`` is a tensor of one number, which may change between two replays.
 # 2. A block of one row and a block of one column have the same number of elements. Which of them
 #    takes more calls of Philox, and how many times as many?
-# 3. The counter of Philox has 64 bits here. How many tensors of 2^45 elements, one after the other,
-#    could one seed serve before a word is used twice?
 #
 # .. note::
 #    Try it first.
@@ -463,11 +464,10 @@ def block_dropout(x, p, seed, shape, offsets):
 #          -    x: torch.Tensor, p: float, seed: int, shape: list[int], offsets: list[int]
 #          +    x: torch.Tensor, p: float, seed: torch.Tensor, shape: list[int], offsets: list[int]
 #
-#    2. The column takes ``GROUP`` times as many: eight times in bfloat16, four times in float32. In
-#       a row, ``GROUP`` neighbours share their calls. In a column, every element has a row of its
-#       own, so it makes all the calls of a group, and uses only one word of them.
-#    3. Each of 2^64 counters gives four words, which makes 2^66 places, and 2^66 / 2^45 = 2^21,
-#       about two million tensors.
+#    2. The column takes ``GROUP`` times as many if both are aligned: eight times in bfloat16, four
+#       times in float32. In a row, ``GROUP`` neighbours share their calls. In a column, every
+#       element has a row of its own, so it makes all the calls of a group, and uses only one word
+#       of them.
 #
 # References
 # ----------

@@ -98,11 +98,11 @@ if __name__ == "__main__":
 def replays(function, *inputs, **options):
     """Whether ``function(*inputs)``, a tensor, is the same when ``checkpoint`` runs it again."""
     outputs = []
-    scale = torch.ones((), device="cpu", requires_grad=True)  # adds no device to save
+    scale = torch.ones((), device="cpu", requires_grad=True)  # saves no GPU's state
 
     def recorded(scale, *inputs):
         outputs.append(function(*inputs))
-        return outputs[-1] * scale  # whose backward pass needs the output
+        return outputs[-1] * scale  # its backward pass needs the output
 
     with set_checkpoint_early_stop(False):  # run the function to its end the second time
         y = checkpoint(recorded, scale, *inputs, use_reentrant=False, **options)
@@ -278,7 +278,8 @@ def checkpointed(function, *inputs, masks, **options):
 #
 # The gradient and the operator are made as in :ref:`seeded dropout`. The ``forward`` of the module,
 # ``SeededDropout``, has a second argument, the masks, so Python raises an error if you forget them.
-# ``Seeds`` hands them out, with another seed for each pass.
+# ``Seeds`` hands them out: another seed for each pass, from a *stream* of seeds for each run and
+# worker.
 
 import numbers
 
@@ -413,10 +414,10 @@ def run_network(blocks, x, masks, way):
 
 
 # %%
-# The gradients must be those of the plain run, bit for bit, though no state is preserved. Two
-# batches go forward before the backward pass, so the second runs of the first batch come after the
-# pass of the second has begun. Then we make two mistakes: we use ``checkpoint`` as it is, and we
-# ask for a new pass inside of it.
+# The gradients must be those of the plain run, bit for bit, though no state is preserved. Both
+# batches go forward before the backward pass. So the first batch is run again after the second has
+# taken its masks. Then we make two mistakes: we use ``checkpoint`` as it is, and we ask for a new
+# pass inside of it.
 
 from functools import partial
 
@@ -445,7 +446,7 @@ if __name__ == "__main__":
         assert torch.equal(gradients(blocks, x, way), expected)
     compiled = torch.compile(run_network, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(gradients(blocks, x, checkpointed, compiled), expected)
-    print("the same gradients, bit for bit, and compiled up to rounding\n")
+    print("the same gradients: bit for bit; compiled, up to rounding\n")
     for way in (unwrapped, new_pass_inside):
         try:
             gradients(blocks, x, way)
@@ -456,8 +457,8 @@ if __name__ == "__main__":
 # A training loop calls ``model(x, seeds.next_pass())``. For another batch of the same step, call
 # ``next_pass`` again. If you pass the same masks twice, they go on counting, so even then no mask
 # repeats. To resume a run, save ``seeds.state_dict()``, too. In a CUDA graph of a whole step,
-# ``next_pass`` is captured with the rest, so each replay has masks of its own. Masks that were made
-# before are an error.
+# ``next_pass`` is captured with the rest, so each replay has masks of its own. Masks made before
+# the capture raise an error.
 #
 # What it costs
 # -------------
@@ -501,8 +502,8 @@ if __name__ == "__main__" and not INTERPRET:
 # 1. Does a seed that is drawn with ``torch.randint`` in the function replay? And one that is drawn
 #    before the call of ``checkpoint``, and passed in?
 # 2. Attention drops elements of a matrix that a fused kernel never writes to memory. From which
-#    numbers would you compute the offset of one of them, so that the backward kernel finds it
-#    again?
+#    numbers would you compute an element's offset, so that the backward kernel makes the same
+#    decision?
 # 3. Does a block of your own model replay?
 #
 # .. note::

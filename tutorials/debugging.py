@@ -53,8 +53,9 @@ if __name__ == "__main__":
 # A block that is no power of two
 # -------------------------------
 #
-# The first mistake is the friendliest, because the compiler refuses it. Here is a kernel that copies
-# a vector. Its last argument is a switch with which you will break it later.
+# The first mistake is the friendliest, because the compiler refuses it. Here is a kernel that
+# copies a vector, launched with a block of 1000. Its last argument is a switch with which you will
+# break it later.
 
 
 @triton.jit
@@ -146,8 +147,8 @@ if __name__ == "__main__":
 # An offset that wraps
 # --------------------
 #
-# ``tl.program_id`` and ``tl.arange`` are 32-bit integers. Multiply them, and in a tensor of more
-# than 2^31 elements the product wraps around and comes out negative:
+# ``tl.program_id`` and ``tl.arange`` are 32-bit integers. In a tensor of more than 2^31 elements,
+# the product of a row's number and a row's length wraps around. Here it comes out negative:
 
 
 @triton.jit
@@ -166,8 +167,9 @@ if __name__ == "__main__":
     print("in 32 bits:", offsets[0].item(), " in 64 bits:", offsets[1].item())
 
 # %%
-# That is why the lessons write ``tl.program_id(0).to(tl.int64)``. Only a tensor of that size shows the
-# mistake, so their tests have one. It needs a few gigabytes of a GPU's memory, and little time.
+# That is why the other lessons write ``tl.program_id(0).to(tl.int64)``. Only a tensor of that size
+# shows the mistake, so their tests have one. It needs a few gigabytes of a GPU's memory, and little
+# time.
 #
 # A race
 # ------
@@ -228,7 +230,7 @@ if __name__ == "__main__":
 
 
 def clock_around(run):
-    """Seconds, of the launch."""
+    """Seconds that the CPU takes for a launch."""
     import timeit
 
     run()
@@ -236,7 +238,7 @@ def clock_around(run):
 
 
 def loop_over(run):
-    """Seconds, of many runs on the same tensors, captured so that the CPU takes no time."""
+    """Seconds of a run, of 20 on the same tensors, which a CUDA graph launches at once."""
     run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -251,7 +253,7 @@ def loop_over(run):
 
 
 def fair(run):
-    """Seconds, from ``do_bench``."""
+    """Seconds of a run, from ``do_bench``."""
     return triton.testing.do_bench(run, return_mode="median") / 1000
 
 
@@ -337,12 +339,12 @@ if __name__ == "__main__":
     print(*(line for line in output.splitlines() if "[" in line), sep="\n")
 
 # %%
-# The second block ends with the 0 that ``other`` put there.
+# In the second launch, ``x`` ends with the 0 that ``other`` put there.
 #
-# On a GPU, ``tl.device_print`` prints from every thread of every program, so launch only one. And
-# ``tl.device_assert`` stops a kernel where a condition is false, if the environment has
-# ``TRITON_DEBUG=1``; otherwise it costs nothing. After that the process can't use the GPU any more.
-# (The interpreter prints, but ignores the assertion.)
+# On a GPU, ``tl.device_print`` prints from every thread of every program, so launch a single
+# program. And ``tl.device_assert`` stops a kernel where a condition is false, if the environment
+# has ``TRITON_DEBUG=1``; otherwise it costs nothing. After a failed assertion the process can't use
+# the GPU any more. (The interpreter prints, but ignores the assertion.)
 
 if __name__ == "__main__" and not INTERPRET:
     import re
@@ -353,11 +355,11 @@ if __name__ == "__main__" and not INTERPRET:
     print(*sorted(set(re.findall("Assertion .* failed", output))), sep="\n")
 
 # %%
-# The compute sanitizer comes with CUDA. It watches a program that you don't change, and finds
-# accesses outside of allocated memory. PyTorch hands out parts of large allocations, so switch that
-# off with ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``. Here is the store without a mask once more. (With
-# ``--tool racecheck`` the sanitizer finds races in shared memory, and with ``--tool initcheck`` reads
-# of memory that nobody wrote.)
+# The compute sanitizer comes with CUDA. It watches your program as it is, and finds accesses
+# outside of allocated memory. PyTorch hands out parts of large allocations, so switch that off with
+# ``PYTORCH_NO_CUDA_MEMORY_CACHING=1``. Here is the store without a mask once more.
+# (``--tool racecheck`` finds races in shared memory, and ``--tool initcheck`` finds loads of memory
+# that nobody wrote.)
 
 if __name__ == "__main__" and not INTERPRET:
     import shutil
@@ -378,9 +380,9 @@ if __name__ == "__main__" and not INTERPRET:
 # -----------------------
 #
 # 1. Shapes that fit no block, one element, and no element at all.
-# 2. A transposed, a sliced and an expanded input.
+# 2. A transposed, a sliced and an expanded input, for the strides.
 # 3. Every dtype that you promise, against float64, with a relative tolerance.
-# 4. Infinities, NaN, and rows of nothing but ``-inf``.
+# 4. Large numbers, infinities, NaN, and rows of nothing but ``-inf``.
 # 5. The output poisoned before, and the memory behind it unchanged after.
 # 6. More than 2^31 elements.
 # 7. Two runs that agree bit for bit, if you promise it.
@@ -406,8 +408,8 @@ if __name__ == "__main__" and not INTERPRET:
 #              launch(room[:n])
 #              return bool((~room[:n].isnan()).all() and (room[n:] == 7).all())
 #
-#    2. Where ``exp`` overflows: in float32 from about 89 on. Infinity divided by infinity is NaN. The
-#       fourth line of the list finds it, if it also tries large numbers that are not infinite.
+#    2. Where ``exp`` overflows: in float32 from about 89 on. Infinity divided by infinity is NaN.
+#       The fourth line of the list finds it, with large numbers.
 #
 #       .. code-block:: python
 #

@@ -4,11 +4,11 @@
 A fused LSTM: the step as one kernel
 ====================================
 
-You write the step of an LSTM as one kernel, with recurrent dropout inside. It masks the *state*,
-which each step hands to the next, so the mask belongs inside the loop over time. cuDNN, NVIDIA's
-library behind ``torch.nn.LSTM``, has no place for it there, so Keras and others fall back on a loop
-of small operators. Here you keep the loop, but with two launches a step in each direction, and you
-measure what slows it down.
+You write the step of an LSTM as one kernel, with recurrent dropout inside. Recurrent dropout masks
+the *state*, which each step hands to the next, so it belongs inside the loop over time. cuDNN,
+NVIDIA's library behind ``torch.nn.LSTM``, has no place for it there, so Keras and others fall back
+on a loop of small operators. Here you keep the loop, but with only two launches a step, forward and
+backward, and you measure what slows it down.
 
 You will learn
 
@@ -58,7 +58,8 @@ if __name__ == "__main__":
 #
 # At step t, an LSTM computes four *gates* from the input :math:`x_t` and the state :math:`h_{t-1}`,
 # its output one step before. With them it updates its memory, the *cell* :math:`c_t`. Each gate, c
-# and h have one number for each of H *units*:
+# and h have one number for each of H *units*. W, U and b hold the four gates one after another, and
+# σ is the sigmoid:
 #
 # .. math::
 #
@@ -100,8 +101,8 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 
 
 # %%
-# How fast could it be?
-# ---------------------
+# What must stay in the loop?
+# ---------------------------
 #
 # Step t needs the output of step t - 1, so the loop over time stays. Each step must multiply the
 # masked state (batch × H) by the transpose of U (H × 4H), and do some arithmetic on batch × H
@@ -132,17 +133,17 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # the loop and kept in memory. One mask serves all steps, so it is only as large as the state of one
 # step, and drawing it from a seed, as in :ref:`seeded dropout`, would save next to nothing.
 #
-# Sequences may differ in length: after the end of a sequence, the kernel takes 0 for all that it
-# reads.
+# Sequences may differ in length: after the end of a sequence, no unit is active, and the kernel
+# takes 0 for c and the gates' arguments.
 #
-# The compiler unrolls a loop over ``tl.static_range``. Triton compiles a separate kernel for an
-# integer argument that is 1 or a multiple of 16; ``do_not_specialize`` prevents that for t.
+# An argument t that is 1 or a multiple of 16 would make Triton compile the kernel once more;
+# ``do_not_specialize`` prevents that. The compiler unrolls the loop over ``tl.static_range``.
 
 
 @triton.jit
 def tanh(x):
     e = tl.exp(-2 * tl.abs(x))  # at most 1: nothing overflows
-    far = (1 - e) / (1 + e)
+    far = (1 - e) / (1 + e)  # tanh of |x|
     # Near 0 the difference 1 - e loses digits, so take the first terms of the series there.
     s = x * x
     series = -929569 / 638512875 + s * (6404582 / 10854718875)
@@ -168,7 +169,7 @@ def step_kernel(
     after = ((t + 1) * n_sequences + sequence) * n_units + unit
 
     c = tl.load(c_ptr + before, mask=active, other=0.0)  # float32 or float64
-    gate = gates_ptr + 4 * (before - unit) + unit
+    gate = gates_ptr + 4 * (before - unit) + unit  # the next gate is n_units further on
     i = tl.sigmoid(tl.load(gate, mask=active, other=0.0).to(c.dtype))
     f = tl.sigmoid(tl.load(gate + n_units, mask=active, other=0.0).to(c.dtype))
     g = tanh(tl.load(gate + 2 * n_units, mask=active, other=0.0).to(c.dtype))
@@ -190,17 +191,18 @@ def step_kernel(
 
 
 # %%
-# For a finished sequence all loads give 0, so i = f = o = 1/2 and g = c = 0, hence h = 0. The cell
-# is float32 even when all else is bfloat16, because it adds up over all steps. (``tanh`` is written
-# out because Triton's interpreter has none. Computed from a sigmoid, it would lose digits near 0.)
+# For a finished sequence, i = f = o = 1/2 and g = c = 0, hence h = 0. The cell is float32 even when
+# all else is bfloat16, because it adds up over all steps. (``tanh`` is written out because Triton's
+# interpreter has none. Computed from a sigmoid, it would lose digits near 0.)
 #
 # The backward pass of a step
 # ---------------------------
 #
 # Run the loop from the end. The gradient of h has two parts. One comes from the output. The other
 # comes from the next step's product, once for each mask, and is multiplied by that mask. The rest
-# is the chain rule through the formulas above. The kernel stores the gradients of the gates'
-# arguments. Multiplied by U, they give the gradient of the masked state for the step before.
+# is the chain rule through the formulas above, with the derivatives :math:`i (1 - i)` of a sigmoid
+# and :math:`1 - g^2` of a tanh. The kernel stores the gradients of the gates' arguments. Multiplied
+# by U, they give the gradient of the masked state for the step before.
 
 
 @triton.jit(do_not_specialize=["t"])
@@ -249,8 +251,9 @@ def step_backward_kernel(
 # The loop
 # --------
 #
-# Now run all steps. U has shape (G, 4H/G, H): one matrix for each masked state. ``baddbmm_``
-# multiplies all of them and adds the products, in place, to the inputs' products.
+# Now run all steps. ``weight`` is U in shape (G, 4H/G, H), one matrix for each mask, and
+# ``by_mask`` views the gates' arguments of a step as (G, B, 4H/G). ``baddbmm_`` multiplies each
+# masked state by its matrix and adds the products, in place, to what the inputs gave.
 
 BLOCK = 128
 
@@ -306,9 +309,9 @@ def launch_steps_backward(dh, dc, gates, weight, h, c, lengths, masks):
 # Is it right?
 # ------------
 #
-# Give the plain loop the same masks, and compare outputs and gradients in float64. Dropout of ones
-# draws a mask. With the identity in place of W, the gradient of the loop's input is that of the
-# gates' arguments.
+# Give the plain loop the same masks, and compare outputs and gradients in float64. PyTorch's
+# dropout turns a tensor of ones into a mask. The identity takes the place of W, so the loop's input
+# is our ``from_input``, and their gradients can be compared. ``pad`` adds a row of zeros for h0.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -338,13 +341,14 @@ if __name__ == "__main__":
         print(f"G = {G}: outputs and gradients within {error:.0e} of the loop's")
 
 # %%
-# What holds it up?
-# -----------------
+# What slows it down?
+# -------------------
 #
 # Every launch takes CPU time, however little the GPU has to do. If the GPU finishes a step before
-# the CPU has launched the next, the GPU waits. A *CUDA graph* shows for how long: you *capture* the
-# launches once, and one call then replays all of them without Python. We time the forward pass of
-# 70 steps, batch 80, 400 inputs. The matrix products alone are the limit.
+# the CPU has launched the next, the GPU waits. A *CUDA graph* shows for how long the GPU waits: you
+# *capture* the launches once, and one call then replays all of them without Python. We time the
+# forward pass of 70 steps, batch 80, 400 inputs. No version can be faster than its matrix products,
+# so we time those alone, too.
 
 
 def replay_of(run):
@@ -393,22 +397,23 @@ def benchmark(n_units, line):
 if __name__ == "__main__" and not INTERPRET:
     times = benchmark.run(show_plots=True, return_df=True)
     for n, ours, called, *_, products in times.values:
-        print(f"{n:.0f} units: called, the GPU waits {1 - ours / called:.0%} of the time")
-        print(f"and captured takes {ours / products:.2f} times as long as the products")
+        waits, ratio = 1 - ours / called, ours / products
+        print(f"{n:.0f} units: if called, the GPU waits {waits:.0%} of the time;")
+        print(f"captured, the steps take {ratio:.2f} times as long as the products")
 
 # %%
 # Where a dotted line is flat, it shows the CPU's time. Fewer launches a step make the loop faster,
-# but when Python calls it, launching still takes most of the time there. A graph is one way out,
-# but it takes inputs of one shape only. Another is to launch once for all steps: :ref:`sequence
-# lstm`.
+# but where its dotted line is flat, too, launching still takes most of the time. A graph is one way
+# out, but it takes inputs of one shape only. Another is to launch once for all steps:
+# :ref:`sequence lstm`.
 #
 # Exercises
 # ---------
 #
 # 1. Draw the recurrent mask anew at each step: let ``masks`` have shape (T + 1, G, B, H), with a row
 #    for each state. Which row does each kernel need?
-# 2. Build in Semeniuta's dropout, which masks g alone, with a new mask at each step. Let ``masks``
-#    have shape (T, B, H).
+# 2. Build in the dropout of Semeniuta et al., which masks g alone, with a new mask at each step.
+#    Let ``masks`` have shape (T, B, H).
 #
 # .. note::
 #    Try it first.
@@ -422,7 +427,7 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #          @@ in step_kernel and in step_backward_kernel
 #          -    for k in tl.static_range(G):
-#          +    masks_ptr += (t + 1) * G * n_sequences.to(tl.int64) * n_units
+#          +    masks_ptr += G * (after - sequence * n_units - unit)  # row t + 1
 #          +    for k in tl.static_range(G):
 #          @@ in launch_steps
 #          -    masked = (h0 * masks).to(h.dtype)
@@ -471,5 +476,7 @@ if __name__ == "__main__" and not INTERPRET:
 # ----------
 #
 # - Y. Gal and Z. Ghahramani, `A theoretically grounded application of dropout in recurrent neural networks <https://arxiv.org/abs/1512.05287>`_,
+#   2016.
+# - S. Semeniuta, A. Severyn and E. Barth, `Recurrent dropout without memory loss <https://arxiv.org/abs/1603.05118>`_,
 #   2016.
 # - Keras's documentation of its `LSTM <https://keras.io/api/layers/recurrent_layers/lstm/>`_.

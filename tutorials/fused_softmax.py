@@ -102,7 +102,8 @@ def naive_softmax(x):
 # values that it works on in *registers*. Reaching a register costs next to nothing. Reaching the
 # memory takes hundreds of times as long, and all multiprocessors together can move only so many
 # bytes in a second. In between there are *caches*, which keep what was used last. The largest is
-# *L2*. In *shared memory*, the threads of a multiprocessor exchange data; Triton does that for you.
+# *L2*. The threads of a multiprocessor exchange data through *shared memory*; Triton does that for
+# you.
 #
 # .. image:: /_static/memory_hierarchy.svg
 #    :alt: From top to bottom: registers, 256 KiB in each of 132 multiprocessors of an H100; shared memory and L1, 256 KiB in each; L2, 50 MiB for all of them; memory, 80 GB. The further down, the larger and the slower.
@@ -118,14 +119,14 @@ def naive_softmax(x):
 # A tensor that you pass to a kernel arrives as a *pointer*: the address of its first element. A
 # pointer plus 3 is the address of the element three places further on. A program works on *blocks*
 # of numbers. ``tl.arange(0, BLOCK)`` is the block 0, 1, ..., ``BLOCK - 1``, the numbers of the
-# columns. We add them to ``x_ptr + row * x_row_stride``, where the row begins: the row's number
-# times the distance from one row to the next. That gives a block of addresses, one for each element
-# of the row, and ``tl.load`` fetches what is stored there.
+# columns. We add them to ``x_ptr + row * x_row_stride``, the address at which the row begins:
+# ``x_row_stride`` is the number of elements from one row to the next. That gives a block of
+# addresses, one for each element of the row, and ``tl.load`` fetches what is stored there.
 #
 # The size of a block must be a power of two, but a row can have any length. So we take the next
 # power of two, and a *mask* says which elements exist. ``tl.load`` does not read the others, and
-# puts ``other`` in their place. Here that is ``-inf``, which changes neither the maximum nor, as
-# its exponential is 0, the sum.
+# puts ``other`` in their place. Here that is ``-inf``. It does not change the maximum, and its
+# exponential, 0, does not change the sum.
 #
 # .. image:: /_static/row_block.svg
 #    :alt: A row of 5 elements in a block of 8. The mask is true for columns 0 to 4. The last three elements of the block are minus infinity and are neither read nor written.
@@ -151,7 +152,8 @@ def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
 
 # %%
 # These are the five steps of the naive version. But ``x``, ``numerator`` and ``denominator`` stay
-# in registers, and only ``tl.load`` and ``tl.store`` go to memory.
+# in registers, and only ``tl.load`` and ``tl.store`` go to memory. ``tl.store`` turns the numbers
+# into the dtype of ``y``.
 #
 # - ``@triton.jit`` makes a kernel of the function. Triton compiles it when you first call it.
 # - ``BLOCK`` is a ``tl.constexpr``: the compiler knows its value. For each new value Triton
@@ -159,19 +161,23 @@ def softmax_kernel(y_ptr, x_ptr, x_row_stride, n_cols, BLOCK: tl.constexpr):
 # - The ``if`` is decided by the compiler as well, because it knows the dtype of ``x``. The
 #   compiled kernel contains one of the two cases, and no test.
 # - ``tl.exp`` is fast because it is approximate. Its last few bits may differ from those of a
-#   carefully rounded exponential. The check below prints how much that changes the result.
+#   carefully rounded exponential. The check below prints how much that changes the result. All
+#   functions of ``tl`` are listed in Triton's documentation of `triton.language
+#   <https://triton-lang.org/main/python-api/triton.language.html>`_.
 #
 # Launch it
 # ---------
 #
 # ``softmax_kernel[grid](...)`` launches the kernel. The *grid* says how many programs to start;
-# here it is one for each row. The arguments follow as in any call, and ``num_warps`` says how many
-# threads a program gets: a *warp* is a group of 32 threads, or 64 on some of AMD's GPUs.
+# here it is one for each row. (A grid can have up to three dimensions. ``tl.program_id(0)`` asks
+# for the number along the first.) The arguments follow as in any call, and ``num_warps`` says how
+# many threads a program gets: a *warp* is a group of 32 threads, or 64 on some of AMD's GPUs.
 #
-# How many warps are right? With few, each thread has many elements in its registers, and if there
-# are too many, some *spill*: they are stored in memory and read again. With many warps, each thread
-# has little to do, and more time goes into combining the threads' results. A good start is 64 bytes
-# of the row for each thread; :ref:`inside a kernel` tries the alternatives.
+# How many warps are right? Without ``num_warps`` a program gets four. With few warps, each thread
+# holds many elements. Those that don't fit into its registers *spill*: they are stored in memory
+# and read again. With many warps, each thread has little to do, and more time goes into combining
+# the threads' results. A good start is 64 bytes of the row for each thread; :ref:`inside a kernel`
+# tries the alternatives.
 
 
 # The threads of a warp. No program has more than 1024 threads.
@@ -196,7 +202,8 @@ def launch_row_softmax(x):
 #
 # ``assert_close`` raises an error, and so stops this page from being built, if an element differs
 # by more than rounding explains. By default it also accepts an absolute error of 1e-5, which is a
-# lot beside elements of about 1/781. With ``atol=0`` only the relative error counts.
+# lot for elements of about 1/781. With ``atol=0`` only the relative error counts. (For float16 and
+# bfloat16, which round more, the defaults are larger.)
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -210,20 +217,21 @@ if __name__ == "__main__":
 
 # %%
 # The errors are differences from softmax in float64. Both have the size of float32's rounding. On a
-# GPU, ours includes the error of the approximate exponential. The interpreter uses NumPy's.
+# GPU, ours includes the error of the approximate exponential. The interpreter uses NumPy's
+# exponential.
 #
 # Is it fast?
 # -----------
 #
 # It is easy to time a GPU wrongly. A launch returns before the kernel has run, the first call
 # compiles, and data that was used a moment ago is still in a cache. ``triton.testing.do_bench``
-# takes care of all three: it warms up, clears the L2 cache before each run, and has the GPU itself
-# take the time. We use the median of many runs.
+# takes care of all three: it warms up, clears the L2 cache before each run, and lets the GPU itself
+# measure the time. We use the median of many runs.
 #
 # ``perf_report`` turns a function into a figure: it calls it for each size and each line. The lines
 # are this kernel, ``torch.softmax``, the naive version, the naive version as it is fused by
 # TorchScript, PyTorch's older compiler, and a copy. The copy also reads and writes each element
-# once, but computes nothing, so we take it for the limit. (This is a measured limit. The data sheet
+# once, but computes nothing, so we use it as the limit. (This is a measured limit. The data sheet
 # of an H100 promises 3.35 terabytes a second, which a copy does not reach.)
 #
 # The scale is in GB/s: the bytes that *must* move, :math:`2MN` elements, divided by the time. So a
@@ -300,9 +308,9 @@ if __name__ == "__main__" and not INTERPRET:
 # elements instead of :math:`2MN`, so the count predicts a quarter of the copy's speed. Wide rows
 # reach about a fifth, so the count explains most of the time. TorchScript fuses some of the five
 # operators, and is faster. The distance from our kernel up to the copy is all that a better kernel
-# could still gain. (A line can lie a little above the copy, which is a kernel like others.)
+# could still gain. (A line can lie a little above the copy, because PyTorch's copy is not perfect.)
 #
-# On the left of the figure all lines fall. The matrix is small there, and a kernel needs a few
+# On the left of the figure all lines are low. The matrix is small there, and a kernel needs a few
 # millionths of a second to start and to end, however little it moves. You will see this on the left
 # of every figure. A program with many such kernels has another cost: the CPU often takes longer to
 # launch a kernel than the GPU takes to run it, and then the GPU waits. The program is *CPU-bound*.
@@ -314,7 +322,7 @@ if __name__ == "__main__" and not INTERPRET:
 #
 # The figure shows one dtype and a narrow range of widths. The next one adds bfloat16, which has
 # half the bytes for each element, and goes from 256 to 131072 columns. The matrix always has 2^28
-# elements, so no launch is short. The scale is now the share of the copy's speed.
+# elements, so no run is short. The scale is now the share of the copy's speed.
 
 
 @triton.testing.perf_report(
@@ -335,14 +343,14 @@ def row_benchmark(n_elements, n_cols, dtype):
 
 if __name__ == "__main__" and not INTERPRET:
     share = row_benchmark.run(show_plots=True, return_df=True)
-    for dtype in (torch.float32, torch.bfloat16):  # a launch returns the compiled kernel
-        share[f"spills, {str(dtype)[6:]}"] = [
-            softmax_kernel[(1,)](
-                x, x, n, n, triton.next_power_of_2(n), num_warps=1024 // WARP
-            ).n_spills
-            for n in map(int, share.n_cols)
-            for x in [torch.empty(n, device=DEVICE, dtype=dtype)]
-        ]
+    for dtype in (torch.float32, torch.bfloat16):
+        spills = []
+        for n in map(int, share.n_cols):
+            x = torch.empty(n, device=DEVICE, dtype=dtype)
+            block = triton.next_power_of_2(n)
+            compiled = softmax_kernel[(1,)](x, x, n, n, block, num_warps=1024 // WARP)
+            spills.append(compiled.n_spills)
+        share[f"spills, {str(dtype)[6:]}"] = spills
     print(tabulate(share, "keys", **layout))
 
 # %%
@@ -351,9 +359,10 @@ if __name__ == "__main__" and not INTERPRET:
 # - **Narrow rows.** A row of 256 columns in bfloat16 has 512 bytes. A program that loads so little
 #   spends much of its time on starting and ending. :ref:`softmax tiles` gives a program several
 #   rows.
-# - **Unaligned rows.** A thread can load 16 bytes with one instruction, but only if the compiler
-#   knows that they begin at a multiple of 16. For 5000 columns it does not know that, so each
-#   element is loaded by itself. :ref:`softmax tiles` tells the compiler more.
+# - **Rows of unknown alignment.** A thread can load 16 bytes with one instruction, but only if the
+#   compiler knows that they begin at a multiple of 16. For 5000 columns it does not know that,
+#   because 5000 is not a multiple of 16, so each element is loaded by itself. :ref:`softmax tiles`
+#   tells the compiler more.
 # - **Wide rows.** The last columns of the table count the registers that each thread spills to
 #   memory, with the 32 warps that wide rows get. A row of 65536 float32 numbers would take all of a
 #   multiprocessor's 256 KiB of registers, and so would one in bfloat16, because the kernel widens
@@ -386,7 +395,7 @@ def row_softmax(x):
     Raises
     ------
     TypeError
-        If ``x`` is no tensor of one of these dtypes.
+        If ``x`` is not a tensor of one of these dtypes.
     ValueError
         If ``x`` has no dimension or too many columns, is on another device, or requires
         a gradient, which this kernel does not compute.
@@ -437,16 +446,17 @@ if __name__ == "__main__":
 # 1. Write ``log_softmax``. Which of the kernel's values do you need for it? Check it against
 #    ``torch.log_softmax`` on rows that hold 1e4 and -1e4.
 # 2. Write the kernel for another row-wise operator on your own, root mean square normalization:
-#    each row is divided by the square root of the mean of its squares. How many elements must it
-#    move, and how many does a version made of PyTorch operators move?
-# 3. Remove ``other=-float("inf")`` and run the check. At which widths does it pass all the same?
+#    each row is divided by the square root of the mean of its squares plus 1e-6. How many elements
+#    must it move, and how many does a version made of PyTorch operators move?
+# 3. Remove ``other=-float("inf")`` and run the check with several widths. Where does it still pass?
 #
 # .. note::
 #    Try it first.
 #
 #    1. You need the maximum m and the sum s: the logarithm of y is x - m - log(s). The logarithm of
-#       the finished softmax would be wrong: beside 1e4, softmax makes 0 of -1e4, and log(0) is
-#       -inf.
+#       the finished softmax would be wrong: in a row that holds 1e4, the softmax of -1e4 is rounded
+#       to 0, and log(0) is -inf. (Like the launch above, this takes rows whose elements are
+#       neighbours in memory.)
 #
 #       .. code-block:: python
 #
@@ -473,10 +483,11 @@ if __name__ == "__main__":
 #          x[:, 0], x[1:, 1] = -1e4, 1e4
 #          torch.testing.assert_close(log_softmax(x), torch.log_softmax(x, dim=-1))
 #
-#    2. It must move 2MN elements, like softmax. ``x / x.square().mean(-1, keepdim=True).sqrt()``
-#       moves 2MN for the square, MN for the mean and 2MN for the division, and a few times M. In
-#       the kernel, padding with 0 adds nothing to the sum, but the mean has to divide by the true
-#       number of columns.
+#    2. It must move 2MN elements, like softmax. With PyTorch,
+#       ``x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()`` moves 2MN for the square, MN for
+#       the mean and 2MN for the division, and a few times M: 2.5 times as many. In the kernel,
+#       padding with 0 adds nothing to the sum, but the mean has to divide by the true number of
+#       columns.
 #
 #       .. code-block:: python
 #

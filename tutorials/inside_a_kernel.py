@@ -108,8 +108,8 @@ for case in json.load(sys.stdin):
     source = ASTSource(
         kernel.softmax_kernel,
         dict(zip(["y_ptr", "x_ptr", "x_row_stride", "n_cols", "BLOCK"], types)),
-        {(4,): case["BLOCK"]},
-        {(i,): [["tt.divisibility", 16]] for i in multiples},
+        {(4,): case["BLOCK"]},  # argument 4 is a constant
+        {(i,): [["tt.divisibility", 16]] for i in multiples},  # multiples of 16
     )
     options = {"num_warps": case["num_warps"]}
     compiled = triton.compile(source, target=GPUTarget(*case["target"]), options=options)
@@ -172,7 +172,7 @@ def compile_for(*cases):
 # --------------------------------
 #
 # A program keeps its row in registers, divided evenly among its threads. A multiprocessor of an
-# H100 has 65536 registers of 32 bits, so 32 warps of 32 threads can have 64 each. Predict: a row
+# H100 has 65536 registers of 32 bits, so 1024 threads (32 warps) can have 64 each. Predict: a row
 # of 32768 float32 numbers takes 32 registers in each thread, which leaves 32 for addresses and
 # intermediate results. A row of 65536 takes all 64 for the data alone, so it cannot fit. With a
 # GPU, the last column is the speed that your GPU reaches, as a share of a copy's.
@@ -206,12 +206,11 @@ if __name__ == "__main__":
     print(tabulate(rows, ["dtype", "columns", *headers]))
 
 # %%
-# What does not fit is *spilled*: every thread writes so many bytes to memory and reads them back. The
-# prediction holds, and at 131072 columns most of the row is spilled. bfloat16 takes half the bytes in
-# memory, but the kernel widens each element to float32 before it computes, so it spills at the same
-# width.
-# The bytes of shared memory are what the warps tell each other in the two reductions: one number for
-# each warp.
+# What does not fit is *spilled*: each thread writes the bytes in that column to memory and reads
+# them back. The prediction holds, and at 131072 columns most of the row is spilled. bfloat16 takes
+# half the bytes in memory, but the kernel widens each element to float32 before it computes, so it
+# spills at the same width. In the two reductions each warp passes one number to the others through
+# shared memory.
 #
 # One load or four
 # ----------------
@@ -298,7 +297,7 @@ if __name__ == "__main__" and not INTERPRET:
         ]
         print(
             f"{n_cols} columns: autotune chose {tuned.best_config.num_warps} warps in "
-            f"{first:.1f} s; {by_hand} by hand take {times[1] / times[0]:.2f} times as long"
+            f"{first:.1f} s; our rule, {by_hand}, takes {times[1] / times[0]:.2f} times as long"
         )
 
 # %%
@@ -309,8 +308,8 @@ if __name__ == "__main__" and not INTERPRET:
 # Memory or arithmetic?
 # ---------------------
 #
-# While a GPU waits for bytes it can compute, so some arithmetic costs no time. How much? This kernel
-# makes ``STEPS`` multiply-adds out of each element that it loads.
+# While a GPU waits for bytes it can compute, so some arithmetic costs no time. How much? This
+# kernel does ``STEPS`` multiply-adds on each element that it loads.
 
 
 @triton.jit
@@ -330,9 +329,10 @@ def launch_arithmetic(x, steps):
 
 
 # %%
-# Draw the arithmetic that it gets done in a second over the arithmetic that each element takes, and
-# beside it the limit: the slower of a copy and of as many multiply-adds as the GPU can do. The limit
-# looks like a roof, and such a figure is called a *roofline*.
+# Draw how many operations it does in a second, over the multiply-adds for each element. Beside it
+# draw the limit: a copy or the multiply-adds alone, whichever is slower. (512 of them take so long
+# that the copy does not matter.) The limit looks like a roof, and such a figure is called a
+# *roofline*.
 
 
 @triton.testing.perf_report(
@@ -351,7 +351,7 @@ def benchmark(steps, line):
         runs = [x.clone, lambda: launch_arithmetic(x, 512)]
     times = [triton.testing.do_bench(run, return_mode="median") for run in runs]
     slower = max(times[0], times[-1] * steps / 512) if line == "limit" else times[0]
-    return 2 * steps * x.numel() / slower / 1e9
+    return 2 * steps * x.numel() / slower / 1e9  # a multiply-add is two operations
 
 
 if __name__ == "__main__":
@@ -363,26 +363,28 @@ if __name__ == "__main__":
         {"BLOCK": 4096, "num_warps": 8, "dtype": dtype} for dtype in ("fp32", "bf16")
     ]
     for case, found in zip(cases, compile_for(*cases), strict=True):
-        each = found["instructions"] * 32 * case["num_warps"] / case["BLOCK"]
+        threads = 32 * case["num_warps"]  # each executes all instructions
+        each = found["instructions"] * threads / case["BLOCK"]
         print(f"softmax, {case['dtype']}: {each:.0f} instructions for each element")
 
 # %%
-# Left of the bend memory is the limit, and a copy is the right thing to compare with. Right of it
-# arithmetic is, and moving fewer bytes makes nothing faster.
+# To the left of the bend memory is the limit, and a copy is the right thing to compare with. To the
+# right arithmetic is the limit, and moving fewer bytes does not help.
 #
-# Where does softmax stand? The last lines count its instructions in SASS. A multiply-add is one of the
-# fastest instructions, so this is a rough comparison, but it shows where to look. In float32 softmax
-# is far to the left of the bend. In bfloat16 an element has half the bytes, so the bend is at half
-# the number. On a GPU with faster memory and the same multiprocessors, such as an H200 beside an
-# H100, it is further to the left again.
+# Where does softmax stand? The last lines count its instructions in SASS. A multiply-add is one of
+# the fastest instructions, so this is a rough comparison, but it shows where to look. In float32
+# softmax is far to the left of the bend. In bfloat16 an element has half the bytes, so the bend is
+# at half as many multiply-adds. On a GPU with faster memory and the same multiprocessors, such as
+# an H200 beside an H100, it is further to the left again.
 #
 # Where the time goes
 # -------------------
 #
 # PyTorch's profiler lists the kernels of a program with their times. Divide the bytes that a kernel
-# moves by its time, and compare with a copy: that is its share of the limit. The first five rows are
-# the operators of the naive softmax, and the fused kernel and the copy follow. (Triton's own
-# profiler, Proton, shows the same as a tree: ``proton python program.py``, then ``proton-viewer``.)
+# moves by its time, and compare with a copy: that is its share of the limit. The first five rows
+# are the operators of the naive softmax, and the fused kernel and the copy follow. (Triton's own
+# profiler, Proton, shows the same as a tree: ``proton program.py``, then
+# ``proton-viewer -m time/ms proton.hatchet``.)
 
 if __name__ == "__main__" and not INTERPRET:
     from torch.profiler import ProfilerActivity, profile
@@ -415,10 +417,10 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #    $ ncu --kernel-name softmax_kernel --launch-count 1 --set full python fused_softmax.py
 #
-# Read three numbers first. *Memory throughput* is given in per cent of what is possible. If it is near
-# 100, only moving fewer bytes helps. If *compute throughput* is the higher one, look for arithmetic
-# or for narrow loads. If *achieved occupancy* is low, and *theoretical occupancy* as well, registers
-# or shared memory leave room for only a few programs at a time.
+# Read three numbers first. *Memory throughput* is given in per cent of what is possible. If it is
+# near 100, only moving fewer bytes helps. If *compute throughput* is the higher one, look for
+# arithmetic to save and for loads to widen. If *achieved occupancy* is low, and *theoretical
+# occupancy* as well, registers or shared memory leave room for only a few programs at a time.
 #
 # Exercises
 # ---------

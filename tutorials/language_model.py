@@ -337,7 +337,7 @@ def held_out_losses(variant, seed, training, held_out, n_words):
 
 
 def table(losses):
-    """For each variant the best and the last perplexity, and how far it is behind the first."""
+    """For each variant the best and the last perplexity, and how far it is behind the best."""
     best = {variant: runs.amin(1).exp() for variant, runs in losses.items()}
     first = min(best.values(), key=torch.mean)
     rows = []
@@ -361,7 +361,7 @@ if __name__ == "__main__":
     for variant in VARIANTS:
         runs = [held_out_losses(variant, seed, *corpus) for seed in range(SEEDS)]
         losses[variant] = torch.tensor(runs)  # (seeds, epochs)
-    headers = ["held-out perplexity", "best", "at epoch", "last", "behind the first"]
+    headers = ["held-out perplexity", "best", "at epoch", "last", "behind the best"]
     print(tabulate(table(losses), headers))
 
     figure, axis = plt.subplots(figsize=(8, 4.5))
@@ -384,32 +384,32 @@ if __name__ == "__main__":
 # ----------------------
 #
 # The last column says how many *spreads* a variant is behind the best one. A spread is the standard
-# deviation of such a difference from seed to seed. One or two spreads can be chance.
+# deviation of such a difference from seed to seed. With three seeds, don't trust a difference of
+# one or two spreads. "At epoch" is where the mean over the seeds is lowest.
 #
 # On an H100 the table says this. Without dropout the network soon learns the training text by
 # heart, and from then on its held-out perplexity climbs. All forms of dropout prevent or delay
-# that. Naive and locked dropout tie for the first place. The full recipe, which the paper
-# recommends, is clearly behind both of them.
+# that. Naive and locked dropout tie for the first place. "All together", the paper's recipe, is
+# clearly behind both of them.
 #
 # The run does not show why. All rates are 0.5 or 0.1 and were not tuned for any variant. A network
 # that drops more needs a longer training, and the column "at epoch" shows whether a variant was
 # still improving at the end. And this text has far fewer words than the papers' benchmarks, Penn
-# Treebank with about a million and WikiText-2 with two.
+# Treebank with about a million words and WikiText-2 with two million.
 #
-# There is more that you can't conclude. Of the eleven forms in the table of :ref:`recurrent
-# dropout` only three were trained alone. The best epoch is chosen by the held-out text itself, so
-# all variants look better than they are. And you can't compare these perplexities with the
-# published 57.3 (Penn Treebank) and 65.8 (WikiText-2) of AWD-LSTM: that is other text, another
-# vocabulary, a larger model, much tuning, and averaged SGD.
+# There is more that you can't conclude. Of the eleven forms in the table of
+# :ref:`recurrent dropout` only three were trained alone. The best epoch is chosen by the held-out
+# text itself, so all variants look better than they are. And you can't compare these perplexities
+# with the published 57.3 (Penn Treebank) and 65.8 (WikiText-2) of AWD-LSTM: they come from other
+# text, another vocabulary, a larger model, much tuning and another optimizer.
 #
 # What does WeightDrop cost?
 # --------------------------
 #
 # ``WeightDrop`` adds one pass over ``weight_hh_l0`` and one over all weights, forward and backward.
-# In float32, ``torch.nn.LSTM`` then copies them once more, because they are new to it. Next to the
-# matrix products of 70 steps that should be little. We measure an LSTM of the AWD-LSTM paper's
-# kind, with 70 steps, a batch of 80 and 400 inputs, for several numbers of units; 1150 is the
-# paper's.
+# In float32, ``torch.nn.LSTM`` then copies them once more. Next to the matrix products of 70 steps
+# that should be little. We measure an LSTM of the AWD-LSTM paper's kind, with 70 steps, a batch of
+# 80 and 400 inputs, for several numbers of units; 1150 is the paper's.
 #
 # An LSTM is many small kernels, and the time depends on how fast the CPU launches them. So we
 # measure twice. Dotted lines are plain calls. Solid lines are the same calls *captured* in a CUDA
@@ -462,10 +462,11 @@ if __name__ == "__main__" and not INTERPRET:
 # ``WeightDrop`` has more to launch. These ratios differ between machines, and between runs on the
 # same machine, so don't conclude anything from a single one.
 #
-# In bfloat16, ``torch.nn.LSTM`` itself copies its weights side by side in each call (it warns about
-# that), so only float32 shows what the copies cost. On both GPUs 1150 units take longer than 1536,
-# because tensor cores want rows that begin at multiples of 16 bytes, and rows of 1150 numbers
-# don't. :ref:`lstm module` avoids that.
+# In bfloat16, ``torch.nn.LSTM`` copies its weights side by side in each call (it warns about that),
+# with ``WeightDrop`` or without, so only float32 shows what the copies cost. On both GPUs 1150
+# units take longer than 1536, because tensor cores, which cuDNN also uses for float32, want rows
+# that begin at multiples of 16 bytes, and rows of 1150 numbers don't. :ref:`lstm module` avoids
+# that.
 #
 # Exercises
 # ---------

@@ -4,9 +4,9 @@
 An LSTM module with recurrent dropout
 =====================================
 
-You make a module with Keras's recurrent dropout that takes the place of ``torch.nn.LSTM``. It takes
-padded and packed batches, and runs under ``torch.compile`` and in a CUDA graph. You compare it with
-cuDNN's LSTM, which has no dropout on its state.
+You make a module that takes the place of a one-layer ``torch.nn.LSTM`` and has Keras's recurrent
+dropout. It takes padded and packed batches, and runs under ``torch.compile`` and in a CUDA graph.
+You compare it with cuDNN's LSTM, which has no dropout on its state.
 
 You will learn
 
@@ -315,19 +315,20 @@ def launch_sequence_backward(dh, dc, gates, weight, h, c, lengths, masks, early=
 #    :alt: x passes dropout, one product with W, and all steps in one launch, to h and c. A mask enters the dropout; another mask and the lengths enter the steps.
 #
 # - **Masks.** Each call in training draws them with PyTorch's dropout. So ``torch.manual_seed``
-#   determines them, and ``checkpoint`` draws the same again.
+#   determines them, and ``torch.utils.checkpoint`` draws the same when it recomputes.
 # - **Lengths.** In a padded batch each sequence has its own length, which the kernels read. What
 #   comes after its end must not count, even if it is NaN. A packed sequence is padded first, and
 #   its output is packed again.
 # - **Added units.** The kernels take multiples of 128 units. The module adds units whose weights
 #   are 0, so that they stay at 0, and removes them from the results.
 #
-# As a public function
-# --------------------
+# As a public module
+# ------------------
 #
-# A custom operator makes each launch known to autograd and to ``torch.compile``, as in
-# :ref:`operators`. The module has the parameters and results of ``torch.nn.LSTM``, so a state dict
-# fits both. The rates are Keras's.
+# A custom operator makes each launch known to ``torch.compile``, and a ``torch.autograd.Function``
+# to autograd, as in :ref:`operators`. The backward pass has a ``Function`` of its own, so that a
+# second derivative is an error and not silently wrong. The module has the parameters and results of
+# ``torch.nn.LSTM``, so a state dict fits both. The rates are Keras's.
 
 import gc
 import numbers
@@ -459,7 +460,7 @@ class LSTM(torch.nn.Module):
         output, state = h[1:], (h[-1:].clone(), c[-1:].clone())
         if lengths is not None:
             ends = lengths[None], torch.arange(x.shape[1], device=lengths.device)[None]
-            state = h[ends], c[ends]
+            state = h[ends], c[ends]  # row n is the state after n steps
         if packed:
             order = input.sorted_indices
             ordered = output if order is None else output[:, order]
@@ -508,6 +509,7 @@ class LSTM(torch.nn.Module):
         if self.training and rate:
             masks = dropout(torch.ones(G, 1, *x.shape[1:], **like), rate)
             x = (x * masks).to(x.dtype)
+        # One product for each mask; then the order (time, batch, gate, unit).
         weight = self.weight_ih_l0.view(G, -1, self.input_size)
         x = x.expand(G, -1, -1, -1).flatten(1, 2)
         gates = torch.baddbmm(bias.view(G, 1, -1), x, weight.mT)
@@ -532,7 +534,7 @@ class LSTM(torch.nn.Module):
 # ------------
 #
 # With nothing dropped the module must agree with ``torch.nn.LSTM``, all gradients included. In a
-# padded batch each sequence, even one of length 0, must give what it gives alone.
+# padded batch each sequence, even an empty one, must have the same results as alone.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -555,8 +557,9 @@ if __name__ == "__main__":
 # Capture the module
 # ------------------
 #
-# ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module, which
-# then takes inputs of the captured shape only. Each replay overwrites the output of the one before.
+# ``torch.cuda.make_graphed_callables`` captures the forward and the backward pass of a module, and
+# changes it in place: from then on it takes inputs of the captured shape only. Each replay
+# overwrites the output of the one before.
 #
 # A replay repeats the launches with their captured arguments. If a seed were one of these, each
 # replay would draw the same masks. But PyTorch's dropout loads its seed from memory, and PyTorch
@@ -579,9 +582,9 @@ if __name__ == "__main__" and not INTERPRET:
 # We take the size of AWD-LSTM's layers (70 steps, batch 80, 400 inputs, about 1150 units), and long
 # sequences (1024 steps, batch 16). We time both passes together, with implementation 2. cuDNN's
 # LSTM drops nothing of its state. Both modules are captured in the same way (solid), and also
-# called as usual (dotted). The dashed line is the matrix products alone, step by step, captured. In
-# float32, cuDNN's LSTM uses TF32, shorter inputs for products, by default. Ours uses it if
-# PyTorch's products do. Here all of them do.
+# called as usual (dotted). The dashed line is the matrix products alone, step by step, captured.
+# TF32 rounds the inputs of float32 products to fewer bits. cuDNN's LSTM uses it by default, and
+# ours if PyTorch's products do. Here we switch it on for all.
 
 
 def products_of(n_units, like, n_steps, batch):  # of a forward and a backward pass
@@ -644,16 +647,17 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # Where a ratio is below 1, our LSTM, with recurrent dropout, is faster than cuDNN's without. If
 # both are captured, only the GPU's time counts. On an H100 and an H200, ours is then faster at 256
-# and 512 units, and with TF32 or with 1024 steps also up to 1152 units. With 80 sequences in
-# bfloat16, cuDNN is faster from 1024 units on, except at 1150, where cuDNN is slow. At these sizes
-# the bytes decide: in the backward pass each program reads the gradients of all four gates of all
-# units. If both are called, the CPU's time counts as well, and cuDNN is faster only at 2048 units in
-# bfloat16 with 80 sequences. Where the dotted lines are flat, they show what the CPU does, and not
-# which kernel is better.
+# and 512 units in all three figures, and up to 1152 units in float32 and with 1024 steps. With 80
+# sequences in bfloat16, cuDNN is faster from 1024 units on, except at 1150, where cuDNN is slow. At
+# these sizes our backward pass is limited by its bytes: each program reads the gradients of all
+# four gates of all units. If both are called, the CPU's time counts as well, and cuDNN is faster
+# only at 2048 units in bfloat16 with 80 sequences. Where the dotted lines are flat, they show what
+# the CPU does, and not which kernel is better.
 #
-# Implementation 1 multiplies each of its four masked states by the columns of all gates, four times
-# the work that it needs. FlashRNN has persistent LSTMs in CUDA, without recurrent dropout. In its
-# authors' published figure, not measured here, cuDNN is faster at 768 units.
+# In the forward kernel, implementation 1 multiplies each of its four masked states by the columns
+# of all gates: four times the products that it needs. FlashRNN has such an LSTM in CUDA, without
+# recurrent dropout. In its authors' figure, not measured here, cuDNN is faster than FlashRNN at 768
+# units.
 #
 # Exercises
 # ---------

@@ -66,10 +66,10 @@ if __name__ == "__main__":
 # ----------------
 #
 # Memory has no rows and columns: it is one long line of elements. For each dimension,
-# ``x.stride()`` says how many elements further on the next index lies. So element (r, c) lies r ·
+# ``x.stride()`` says how many elements lie from one index to the next. So element (r, c) lies r ·
 # stride(0) + c · stride(1) elements after the first. Transposing swaps the two strides and moves no
-# element. Taking every second column doubles the second stride. A row that is repeated has a stride
-# of 0.
+# element. Taking every second column doubles the second stride. Repeating a row gives the first
+# dimension a stride of 0.
 #
 # .. image:: /_static/strides.svg
 #    :alt: One line of twelve elements in memory, read in four ways: as three rows of four with strides 4 and 1, transposed with strides 1 and 4, every second column with strides 4 and 2, and the first row repeated with strides 0 and 1.
@@ -91,10 +91,10 @@ if __name__ == "__main__":
 # The kernel
 # ----------
 #
-# A program works on a *tile* of ``ROWS`` times ``COLS`` elements: a column of row numbers and a row
-# of column numbers make a two-dimensional block of addresses, by broadcasting. A narrow matrix
-# takes tiles of many rows, and a wide one many tiles for each row. The tiles are numbered in one
-# sequence, because the first axis of a grid may have 2^31 - 1 programs and the others only 65535.
+# A program works on a *tile* of ``ROWS`` times ``COLS`` elements: ``rows[:, None]`` and
+# ``cols[None, :]`` broadcast to a two-dimensional block of addresses. A narrow matrix takes tiles
+# of many rows, and a wide one many tiles for each row. The tiles are numbered in one sequence,
+# because the first axis of a grid may have 2^31 - 1 programs and the others only 65535.
 #
 # Each program loads the seeds of its rows. Philox takes a block of seeds just as it takes a single
 # one. The four words are interleaved along the columns, as in :ref:`seeded dropout`.
@@ -106,7 +106,7 @@ def matrix_dropout_kernel(
     threshold, scale: tl.float64,
     ROWS: tl.constexpr, COLS: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    n_cols *= ALIGN
+    n_cols *= ALIGN  # explained below
     x_row_stride *= ALIGN
     tiles_in_a_row = tl.cdiv(n_cols, COLS)
     # A matrix can have more than 2^31 elements, so positions are computed in 64 bits.
@@ -125,7 +125,7 @@ def matrix_dropout_kernel(
     x_tile = x_ptr + rows[:, None] * x_row_stride + cols[None, :] * x_col_stride
     y_tile = y_ptr + rows[:, None] * n_cols + cols[None, :]
     x = tl.load(x_tile, mask=inside)
-    # A Python float arrives as float32, too coarse for float64, unless it is annotated.
+    # Unless annotated, a Python float arrives as float32, too coarse for float64.
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     tl.store(y_tile, tl.where(keep, x * scale, 0.0), mask=inside)
@@ -147,8 +147,9 @@ def matrix_dropout_kernel(
 #
 # A thread can move 16 bytes with one instruction, but only at an address that is a multiple of 16.
 # Rows of 8 columns begin at such addresses, even in bfloat16, and the compiler has to know it.
-# ``ALIGN``, the largest power of two, up to 16 bytes, that divides the width and the stride of a row,
-# tells it: both are passed divided by ``ALIGN``, and the kernel multiplies them again.
+# ``ALIGN`` is the largest power of two, at most the elements in 16 bytes, that divides the width
+# and the stride of a row. Both are passed divided by it. The kernel multiplies them again, so the
+# compiler knows that they are multiples. A warp works on 1024 elements, 32 for each thread.
 
 import math
 
@@ -302,8 +303,8 @@ if __name__ == "__main__" and not INTERPRET:
         )
 
 # %%
-# In float32 the count is about confirmed, at 8 columns as well, and on an H100 in bfloat16, too. An
-# H200 has the same arithmetic and faster memory: wide rows of bfloat16 reach about seven eighths of
+# The speeds about agree with the count: in float32, also at 8 columns, and on an H100 in bfloat16.
+# An H200 computes as fast and has faster memory: wide rows of bfloat16 reach about seven eighths of
 # the copy there. (``F.dropout`` stays below its count, which the bytes don't explain.)
 #
 # What a bad access pattern costs
@@ -489,9 +490,8 @@ def check_column_dropout(answer):
 #          +    x_tile = x_ptr + rows[:, None] * x_row_stride + places[None, :]
 #
 #       ``x.flatten(1)`` costs nothing where the stride of the steps is that of the features times
-#       their number, as in a contiguous tensor, or in some of its sequences. Else it is a copy, which
-#       reads and writes everything once more. A batch that lies in memory with time first is of that
-#       kind.
+#       their number, as in a contiguous tensor or a slice of its sequences. Else, as in a batch
+#       that is stored with time first, it is a copy, which reads and writes everything once more.
 #
 # References
 # ----------

@@ -77,7 +77,7 @@ def seeded_dropout4x_kernel(
 
 
 def numbers(x, p, seed):
-    # The threshold's 32 bits as those of a signed number: triton_op will need it.
+    # A signed number with the threshold's 32 bits: triton_op, below, needs it.
     threshold = round(p * 2**32) - (2**32 if p >= 0.5 else 0)
     return x.numel(), threshold, 1 / (1 - p), seed, 1024
 
@@ -94,8 +94,8 @@ def bare(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
 
 # %%
 # Triton launches on PyTorch's current stream and on its *current* device. The device need not be
-# the one that holds ``x``, and then the kernel would get addresses in another GPU's memory. That is
-# what ``device_of`` is for.
+# the one that holds ``x``, and then the kernel would get addresses in another GPU's memory.
+# ``device_of`` makes the device of ``x`` the current one.
 #
 # What is wrong with a bare launch? Ask for a gradient:
 
@@ -105,7 +105,7 @@ if __name__ == "__main__":
 
 # %%
 # Autograd records what PyTorch's own operators do, and does not see a launch. So the result looks
-# like a constant, and a network would train without this layer's gradient, silently.
+# like a constant, and the layers before it would get no gradient, silently.
 #
 # With a gradient
 # ---------------
@@ -158,7 +158,7 @@ custom.register_autograd(
 # inside. It sees the allocation and the launch, which ``wrap_triton`` marks. A fake version is not
 # needed, because the compiler runs the function itself with fake tensors. But PyTorch 2.11 can't
 # compile a launch with an integer of more than 31 bits. So ``numbers`` makes the threshold a signed
-# number, and a large seed is an error there.
+# number, and with a large seed compiling ``traced`` is an error.
 
 
 @torch.library.triton_op("operators_lesson::traced", mutates_args=())
@@ -204,10 +204,10 @@ torch.library.register_autograd(
 # and false otherwise. The operator needs no gradient of its own, because the ``Function`` has it.
 #
 # This ``Function`` has a third method, ``setup_context``, which keeps what ``backward`` needs. With
-# it, ``torch.func.grad`` works as well. But it makes ``Function.apply`` slow, which then looks up the
-# names of ``forward``'s arguments on every call. The ``apply`` of the base class does not, and is
-# enough unless a compiler or a transform of ``torch.func`` is at work. (This goes below PyTorch's
-# public interface, so test it with each new version.)
+# it, ``torch.func.grad`` works as well. But then ``Both.apply`` is slow: it looks up the names of
+# ``forward``'s arguments on every call. The ``apply`` that ``torch.autograd.Function`` itself
+# inherits does not. It is enough unless a compiler or a transform of ``torch.func`` is at work.
+# (This goes below PyTorch's public interface, so test it with each new version.)
 
 
 class Both(torch.autograd.Function):
@@ -247,8 +247,8 @@ WAYS = {
 # What works?
 # -----------
 #
-# Try it. Each function takes one of the ways as ``call``, uses it, and compares the result with the
-# bare launch. ``fullgraph=True`` makes a graph break an error.
+# Try it. Each function takes one of the ways as ``call`` and uses it. Most compare the result with
+# the bare launch. ``fullgraph=True`` makes a graph break an error.
 
 
 def gradient(call):
@@ -297,7 +297,7 @@ def exported(call):
 
 
 def passes_opcheck(call):
-    operator = custom if call is both else call  # the one that both hands to the compiler
+    operator = custom if call is both else call  # which both uses when compiled
     x = torch.ones(99, device=DEVICE, requires_grad=True)
     return bool(torch.library.opcheck(operator, (x, 0.5, 7)))
 
@@ -333,7 +333,7 @@ if __name__ == "__main__":
     import warnings
     from tabulate import tabulate
 
-    logging.disable()  # what the compiler says about that which is meant to fail
+    logging.disable()  # the compiler's messages: some checks are meant to fail
     rows = []
     for check in CHECKS:
         with warnings.catch_warnings(action="ignore"):
@@ -344,9 +344,9 @@ if __name__ == "__main__":
 
 # %%
 # Look for ``NO`` first. An error can be read and mended; a silently wrong result is found months
-# later. Forward mode computes derivatives along with the function, from the inputs on. The bare
-# launch and the three ways through the dispatcher lose them without a word, because
-# ``register_autograd`` concerns the other direction only. A ``Function`` without a method ``jvp``
+# later. Forward mode computes derivatives together with the function, from inputs to outputs. The
+# three ways through the dispatcher lose them silently, because ``register_autograd`` is for the
+# backward direction only, and so does the bare launch. A ``Function`` without a method ``jvp``
 # raises an error. (The bare launch raises one in the row "gradient", because nothing else there
 # requires a gradient. In a network with other layers it would be silent.)
 #
@@ -356,9 +356,9 @@ if __name__ == "__main__":
 #
 # For ``bare``, ``Function`` and ``triton_op`` the compiler looks at the launch itself. That needs a
 # GPU: in Triton's interpreter a kernel is ordinary Python on NumPy arrays, and the compiler gives
-# up. On a GPU it depends on PyTorch's version: in the first two, 2.11 meets ``device_of`` and breaks
-# the graph. ``custom_op``, ``Library`` and ``both`` hide the launch behind a name, and work in each
-# case.
+# up. On a GPU it depends on PyTorch's version: in the first two, 2.11 breaks the graph at
+# ``device_of``. ``custom_op``, ``Library`` and ``both`` hide the launch behind a name, and work in
+# each case.
 #
 # ``opcheck`` is PyTorch's own checker, for operators only. It tests that an operator changes none of
 # its inputs, that the fake version agrees with the real one, and that the compiler understands the
@@ -370,7 +370,7 @@ if __name__ == "__main__":
 # The CPU asks the GPU to run a kernel, and goes on without waiting for it. If the CPU takes longer
 # to ask than the GPU takes to run, the GPU waits: the program is *CPU-bound*. So call each way many
 # times in a row, on small and on large tensors, and let a clock run until the GPU is done. The
-# limit is the time of the kernel alone, as ``do_bench`` measures it.
+# limit, "the GPU alone", is the kernel's time from ``do_bench``.
 
 
 def microseconds(call, x):
@@ -428,9 +428,9 @@ if __name__ == "__main__" and not INTERPRET:
 #
 # In the table, the difference between a row and ``bare`` is the price of that way. A ``Function``
 # adds little, and so does ``both``; ``Both.apply`` shows what the lookup of names would cost. The
-# three operators go through PyTorch's dispatcher and back into Python, and with a gradient more than
-# once. ``F.dropout`` is all C++, which a launch from Python can't reach. These are the times of one
-# CPU: on a slower or a busy one they grow.
+# three operators go through PyTorch's dispatcher and back into Python, and with a gradient several
+# times. ``F.dropout`` is all C++, and a launch from Python can't be as cheap. These are the times
+# of one CPU: on a slower or a busy one they grow.
 #
 # If that matters in your program, three things help: larger tensors, ``torch.compile``, and a CUDA
 # graph, which launches many kernels at once.
@@ -438,9 +438,9 @@ if __name__ == "__main__" and not INTERPRET:
 # What the compiler makes of it
 # -----------------------------
 #
-# The compiler can fuse PyTorch's own dropout with its neighbours, in ``call(2 * x) + 1`` with the
-# multiplication and the addition. It can't change what is inside your kernel, so it launches one
-# kernel before yours and one after. Count them:
+# In ``call(2 * x) + 1`` the compiler can fuse PyTorch's own dropout with the multiplication and the
+# addition. It can't change what is inside your kernel, so it launches one kernel before yours and
+# one after. Count them:
 
 if __name__ == "__main__" and not INTERPRET:
     from torch.profiler import ProfilerActivity, profile
@@ -495,8 +495,8 @@ if __name__ == "__main__" and not INTERPRET:
 # ---------
 #
 # 1. Give ``Both`` the method ``jvp``, so that forward mode works. Which check fails now?
-# 2. The check ``gradient`` passes a gradient that is an expanded 1. Write a check that passes a
-#    transposed gradient as well. Which line of ``bare`` makes it right?
+# 2. In ``gradient``, the incoming gradient is an expanded 1. Write a check with a transposed one as
+#    well. Which line of ``bare`` makes it right?
 #
 # .. note::
 #    Try it first.
@@ -513,8 +513,9 @@ if __name__ == "__main__" and not INTERPRET:
 #              def jvp(ctx, tangent, *_):
 #                  return bare(tangent, ctx.p, ctx.seed)
 #
-#    2. ``x.contiguous()``: the gradient becomes the ``x`` of the backward launch. Without the line the
-#       kernel would read the elements in the order in which they lie in memory.
+#    2. ``x.contiguous()``: the gradient becomes the ``x`` of the backward launch. Without the line
+#       the kernel would take the elements in the order in which they lie in memory, and each would
+#       get another one's decision.
 #
 #       .. code-block:: python
 #

@@ -12,8 +12,8 @@ draws every mask from a seed and stores none.
 
 You will learn
 
-- which recurrent dropout is which, in the papers, in Keras and in awd-lstm-lm, AWD-LSTM's own code;
-- how one kernel draws masks of every shape, because they differ only in who shares a decision;
+- how the forms of the papers, of Keras and of awd-lstm-lm, AWD-LSTM's own code, differ;
+- how one kernel draws masks of every shape, because they differ only in what shares a decision;
 - how to drop the weights inside any module, without renaming them and without a loop over time.
 
 Needs: PyTorch, and :ref:`seeded dropout`.
@@ -66,14 +66,15 @@ if __name__ == "__main__":
 #
 # PyTorch calls W ``weight_ih`` and U ``weight_hh``. Each stacks the four gates' blocks of H rows,
 # in the order i, f, g, o. Dropout multiplies a tensor by a random mask of zeros and ones. Its forms
-# differ in which tensor of the network that is, in who shares a decision (all time steps, all
-# sequences of the batch, all gates), and in when a new mask is drawn.
+# differ in the tensor that they multiply, in what shares a decision (all time steps, all sequences
+# of the batch, all gates), and in when a new mask is drawn: for each step, each sequence or each
+# call of the layer.
 #
-# A mask with shared decisions is smaller than the tensor that it multiplies, and its shape says who
-# shares them. In the table there are T steps, B sequences in a batch, G = 4 gates, H hidden units
-# (or inputs) and V words in a vocabulary; a 1 means that all share. "At test" means that training
-# multiplies by 0 or 1, and testing by the mean, 1 - p. The others divide by 1 - p in training, so
-# testing needs no change.
+# A mask with shared decisions is smaller than the tensor that it multiplies, and its shape says
+# what shares them. In the table there are T steps, B sequences in a batch, G = 4 gates, H hidden
+# units (or inputs) and V words in a vocabulary; a 1 means that all share. "At test" means that
+# training multiplies by 0 or 1, and testing by the mean, 1 - p. The others divide by 1 - p in
+# training, so testing needs no change.
 
 HEADERS = ["form", "acts on", "mask", "gates", "new each", "scale", "source"]
 FORMS = {
@@ -87,7 +88,7 @@ FORMS = {
     "variational=True": ("U", "G H 1", "own", "call", "1/(1-p)", "awd-lstm-lm"),
     "embedding dropout": ("words", "V 1", "shared", "call", "1/(1-p)", "Gal"),
     "Semeniuta": ("g", "T B H", "g alone", "step", "at test", "Semeniuta"),
-    "zoneout": ("new c, h", "T B H", "after", "step", "at test", "Krueger"),
+    "zoneout": ("new c, h", "T B H", "after", "step", "mixed", "Krueger"),
 }
 
 if __name__ == "__main__":
@@ -100,7 +101,7 @@ if __name__ == "__main__":
 #
 # - **Gal and Ghahramani** derive theirs from Bayesian inference over the weights. If the weights of
 #   each gate are drawn separately (*untied*), each gate has a mask of its own.
-# - **Keras** has the tied and the untied form under the name ``implementation``. Keras 3 always
+# - In **Keras** the argument ``implementation`` chooses the tied or the untied form. Keras 3 always
 #   takes implementation 1 when ``recurrent_dropout`` is above 0. In Keras's cells a rate of exactly
 #   1 drops nothing, while the modules of this course then drop everything.
 # - **LockedDropout** acts on what goes into a layer and what comes out of it. Nothing inside the
@@ -132,12 +133,12 @@ if __name__ == "__main__":
 # - embedding dropout on (V, F) is 1 × V × F.
 #
 # The kernel is that of :ref:`seeded dropout` with a tile of *decisions × width* in place of a block
-# of elements. **Decision i is "keep" if word i mod 4 of Philox, with the seed as key
-# and the counter ⌊i / 4⌋, is at least p · 2³², rounded to an integer.** The programs of another
-# time step draw the same words again. That costs arithmetic, but no memory.
+# of elements. **Decision i is "keep" if word i mod 4 of Philox, with the seed as key and the
+# counter ⌊i / 4⌋, is at least p · 2³², rounded to an integer.** The programs of other repeats, such
+# as time steps, draw the same words again. That costs arithmetic, but no memory.
 #
-# The seed is *loaded* from the GPU's memory. So the CPU never has to wait for it, and a CUDA graph,
-# which repeats the same launches with the same arguments, finds a new seed there each time.
+# The seed is *loaded* from the GPU's memory. So the CPU never has to wait for it. And a CUDA graph,
+# which repeats the same launches with the same arguments, draws and finds a new seed each time.
 
 
 @triton.jit
@@ -207,16 +208,16 @@ if __name__ == "__main__":
 #
 # A dropped column takes one unit of h away from *all* gates of one sequence. A dropped row takes
 # *all* of h away from one gate of one unit, in all sequences. That may be useful noise, but it is
-# neither the mask of the paper nor Keras's, and no setting of ``WeightDrop`` gives those: a mask
-# that differs between the sequences of a batch does not fit into one weight matrix. It has to be
-# applied in the loop over time, and :ref:`fused lstm` does that.
+# not the mask of Gal or of Keras. No setting of ``WeightDrop`` gives those, because a mask that
+# differs between the sequences of a batch does not fit into one weight matrix. It has to be applied
+# in the loop over time, and :ref:`fused lstm` does that.
 #
 # As a public function
 # --------------------
 #
-# Dropout is linear in x, and its gradient is the same dropout, with the same seed, of the gradient
-# that arrives. So ``backward`` calls the function again, and all that is kept between the two
-# passes is the seed. :ref:`operators` explains the pattern.
+# Dropout is linear in x. So the backward pass applies the same dropout, with the same seed, to the
+# gradient that arrives, and all that is kept between the two passes is the seed. :ref:`operators`
+# explains the pattern.
 
 shared_dropout_op = torch.library.custom_op(
     "fast_and_right::shared_dropout", launch_shared_dropout, mutates_args=()
@@ -339,7 +340,7 @@ class WeightDrop(torch.nn.Module):
     ``weights`` is a list of names of parameters of ``module``, such as ["weight_hh_l0"], which
     stay where they are. ``dropout`` is the probability of dropping, in [0, 1]. With
     ``variational=True`` whole rows are dropped: of a recurrent weight, all that one gate of
-    one unit receives. Not for ``nn.DataParallel``, whose replicas have no parameters.
+    one unit receives from h. Not for ``nn.DataParallel``, whose replicas have no parameters.
     """
 
     def __init__(self, module, weights, dropout=0.5, variational=False):
@@ -454,7 +455,7 @@ if __name__ == "__main__":
 # The names and the order of the arguments are those of awd-lstm-lm as well, so ``LockedDropout()(x,
 # 0.4)`` and ``WeightDrop(lstm, weights, dropout=0.4)`` work. Four things differ:
 #
-# - by default ``WeightDrop`` drops half of the weights, and the original none;
+# - by default ours drops half of the weights, and the original none;
 # - with ``variational=True`` the original drops in evaluation, too, and ours does not;
 # - the original renames the weights, so its saved files have names that end in *raw*;
 # - embedding dropout is a module here, and there a function with one more argument, ``scale``.
@@ -508,7 +509,7 @@ if __name__ == "__main__":
 #
 #       .. code-block:: python
 #
-#          class TiedDropout(LockedDropout):
+#          class BatchDropout(LockedDropout):
 #              def forward(self, x):
 #                  if not self.training or self.dropout == 0:
 #                      return x
@@ -547,7 +548,7 @@ if __name__ == "__main__":
 # - D. Krueger et al., `Zoneout: regularizing RNNs by randomly preserving hidden activations <https://arxiv.org/abs/1606.01305>`_,
 #   2017.
 # - L. Wan et al., `Regularization of neural networks using DropConnect <https://proceedings.mlr.press/v28/wan13.html>`_,
-#   2013.
+#   2013: dropping weights.
 # - S. Merity, N. S. Keskar and R. Socher, `Regularizing and optimizing LSTM language models <https://arxiv.org/abs/1708.02182>`_,
 #   2017, and its code, `awd-lstm-lm <https://github.com/salesforce/awd-lstm-lm>`_.
 # - Keras's documentation of its `LSTM <https://keras.io/api/layers/recurrent_layers/lstm/>`_.

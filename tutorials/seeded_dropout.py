@@ -61,8 +61,8 @@ if __name__ == "__main__":
 #
 # A *counter-based* generator is a function: a seed and an index go in, a random number comes out,
 # and the millionth takes no longer than the first. Triton's generator is called Philox. It encrypts
-# the index with the seed as the key, in ten rounds of multiplying and mixing, and returns four
-# words of 32 bits. Standard tests cannot tell them from random words.
+# the index, its *counter*, with the seed as the key, in ten rounds of multiplying and mixing, and
+# returns four words of 32 bits. Standard tests cannot tell them from random words.
 #
 # .. image:: /_static/philox.svg
 #    :alt: Seed and index enter ten rounds of Philox, four random words come out, one of them becomes a number u between 0 and 1, and u is compared with p to keep or drop.
@@ -92,7 +92,7 @@ def seeded_dropout_kernel(
     inside = offsets < n_elements
     x = tl.load(x_ptr + offsets, mask=inside)
     keep = tl.rand(seed, offsets) >= p
-    # A Python float arrives as float32, too coarse for float64, unless it is annotated.
+    # Unless annotated, a Python float arrives as float32, too coarse for float64.
     if x.dtype != tl.float64:
         scale = tl.cast(scale, tl.float32)
     tl.store(y_ptr + offsets, tl.where(keep, x * scale, 0.0), mask=inside)
@@ -223,7 +223,7 @@ if __name__ == "__main__" and not INTERPRET:
         grid = (n // 1024 // words,)
         time = milliseconds(lambda: draw_kernel[grid](out, 123, words, 1024))
         n_bytes = 4 * time / copies[torch.bfloat16]
-        print(f"{words} of 4 words: an element takes as long as {n_bytes:.1f} bytes")
+        print(f"{words} of 4 words: drawing takes as long as moving {n_bytes:.1f} bytes")
 
 # %%
 # The GPU draws and moves at the same time, so at best a kernel takes as long as the slower of the
@@ -231,16 +231,16 @@ if __name__ == "__main__" and not INTERPRET:
 # memory. In float32 arithmetic takes about as long as the 8 bytes, or longer, depending on the GPU.
 #
 # The second line shows what to do. If you use all four words, as ``F.dropout`` does, one call of
-# Philox serves four elements. That takes less time than moving 4 bytes, so memory should be the
-# limit again, in both dtypes.
+# Philox serves four elements. Drawing then takes less time than moving 4 bytes, so memory should be
+# the limit again, in both dtypes.
 #
 # All four words
 # --------------
 #
-# **Element i is kept when word i mod 4 of Philox, with the seed as key and the counter ⌊i / 4⌋, is
-# at least p · 2³², rounded to an integer.** This sentence defines the mask.
+# **Call Philox with the seed as key and the counter ⌊i / 4⌋. Element i is kept when word i mod 4 is
+# at least p · 2³², rounded to an integer.** This defines the mask.
 #
-# The words are compared as integers, which saves turning them into floating-point numbers.
+# The words are compared as unsigned integers, which saves turning them into floating-point numbers.
 # ``tl.interleave(a, b)`` is a0, b0, a1, b1, and so on. The inner calls give w0, w2, w0, w2, ... and
 # w1, w3, w1, w3, ..., and the outer call makes w0, w1, w2, w3, w0, ... of them, which is the order
 # of the elements.
@@ -266,9 +266,9 @@ def seeded_dropout4x_kernel(
 
 
 # %%
-# A threshold of 2³² would not fit into a word, so the launch handles p = 1 itself, and p = 0, too.
-# One warp a program is slower than Triton's four for small tensors, but on an H200 it is faster in
-# bfloat16.
+# A threshold of 2³² would not fit into a word, so the launch handles p = 1 itself. Without
+# ``num_warps`` a program gets four warps. One is slower for small tensors, but faster in bfloat16
+# on an H200.
 
 
 def launch_seeded_dropout4x(
@@ -297,12 +297,13 @@ if __name__ == "__main__":
 # How fast is it now?
 # -------------------
 #
-# The figures show GB/s of :math:`x` and :math:`y` over the size, and a copy as the limit. The CPU
-# takes longer to launch a small kernel than the GPU to run it, so the calls are captured in a graph.
+# The figures show GB/s of :math:`x` and :math:`y`, and a copy as the limit. The CPU takes longer to
+# launch a small kernel than the GPU to run it, so the calls are captured in a *CUDA graph*, which
+# replays many launches with one call.
 
 
 def captured(run, x):
-    """Milliseconds of the GPU. Each call reads a copy of its own, which is not in L2."""
+    """Milliseconds of the GPU. Each call reads a copy of its own, so none is in L2."""
     parts = [x.clone() for _ in range(min(max(2**26 // x.numel(), 1), 100))]
     run(x)
     graph = torch.cuda.CUDAGraph()
@@ -373,8 +374,8 @@ if __name__ == "__main__" and not INTERPRET:
 #
 # A ``torch.autograd.Function`` tells PyTorch about this gradient. ``setup_context`` keeps what
 # ``backward`` needs, two numbers and no tensor. ``backward`` applies the function again, so that
-# second derivatives work as well. While ``torch.compile`` compiles, ``forward`` calls an *operator*
-# instead of the launch: a function that PyTorch knows by its name and does not look into.
+# second derivatives work as well. While ``torch.compile`` compiles, ``forward`` calls a *custom
+# operator* instead of the launch: a function that PyTorch knows by name and does not look into.
 # ``register_fake`` gives the compiler the result's shape and dtype without computing it.
 # :ref:`operators` compares this with other ways.
 
@@ -383,7 +384,7 @@ import numbers
 seeded_dropout4x_op = torch.library.custom_op(
     "fast_and_right::seeded_dropout4x", launch_seeded_dropout4x, mutates_args=()
 )
-seeded_dropout4x_op.register_fake(lambda x, *numbers: x.new_empty(x.shape))
+seeded_dropout4x_op.register_fake(lambda x, *rest: x.new_empty(x.shape))
 
 
 class SeededDropout4x(torch.autograd.Function):
@@ -443,7 +444,7 @@ def seeded_dropout4x(x, p, seed):
     only; works under ``torch.compile``. Raises TypeError or ValueError for anything else.
     """
     check_arguments(x, p, seed)
-    seed = int(seed)  # an operator's int has 64 bits and a sign
+    seed = int(seed)  # a custom operator takes signed integers of 64 bits
     return apply(x, float(p), seed - 2**64 if seed >= 2**63 else seed)
 
 
@@ -475,10 +476,9 @@ if __name__ == "__main__":
 
 # %%
 # This kernel is launched from Python, which costs the CPU more time than the C++ of ``F.dropout``;
-# :ref:`operators` measures how much. You don't notice it while the GPU is busy. A *CUDA graph*,
-# which captures many launches and replays them with one call, saves most of it. But it captures the
-# seed, too, so every replay draws the same mask. :ref:`checkpointed dropout` keeps the seed in the
-# GPU's memory, where it can be changed.
+# :ref:`operators` measures how much. You don't notice it while the GPU is busy. A CUDA graph saves
+# most of it. But it captures the seed, too, so every replay draws the same mask.
+# :ref:`checkpointed dropout` keeps the seed in the GPU's memory, where it can be changed.
 #
 # Exercises
 # ---------
@@ -510,7 +510,7 @@ if __name__ == "__main__":
 #
 #              cols = part * BLOCK + tl.arange(0, BLOCK)
 #              inside = cols < n_cols
-#              x = tl.load(x_ptr + row * n_cols + cols, mask=inside)
+#              x = tl.load(x_ptr + row * n_cols + cols, mask=inside).to(tl.float32)
 #              tl.store(y_ptr + row * n_cols + cols, tl.where(keep, x * scale, 0.0), mask=inside)
 #
 #
@@ -540,7 +540,7 @@ if __name__ == "__main__":
 #
 #              offsets = pid * BLOCK + tl.arange(0, BLOCK)
 #              inside = offsets < n_elements
-#              x = tl.load(x_ptr + offsets, mask=inside)
+#              x = tl.load(x_ptr + offsets, mask=inside).to(tl.float32)
 #              tl.store(y_ptr + offsets, tl.where(keep, x * 2, 0.0), mask=inside)
 #
 #

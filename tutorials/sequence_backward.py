@@ -132,21 +132,23 @@ def launch_all_steps(kernel, tiles, h, G, *tensors, early=0):
 #
 # The forward pass kept h, c and the values of the gates i, f, g, o of each step. Write
 # :math:`\delta_t` for the gradients of the gates' arguments (the sums inside σ and tanh) at step t,
-# four numbers a unit, and dh for the gradient of h. With the mask :math:`m` on the state, and the
-# output :math:`y_t` at step t, the chain rule gives:
+# four numbers a unit, and :math:`h'_t` and :math:`c'_t` for the gradients of h and c. The kernel is
+# given ``dh`` and ``dc``, what the outputs add to these. With the mask :math:`m` on the state, and
+# all gates at step t if nothing else is written, the chain rule gives:
 #
 # .. math::
 #
-#    dh_t = dy_t + m \cdot U^\top \delta_{t+1}, \qquad
-#    dc_t = f_{t+1} \cdot dc_{t+1} + dh_t \cdot o_t \, (1 - \tanh^2 c_t)
+#    h'_t = dh_t + m \cdot U^\top \delta_{t+1}, \qquad
+#    c'_t = dc_t + f_{t+1} \cdot c'_{t+1} + h'_t \cdot o \, (1 - \tanh^2 c_t)
 #
 # .. math::
 #
-#    \delta_t = \left(dc_t \, g \, i (1 - i), \; dc_t \, c_{t-1} \, f (1 - f), \;
-#    dc_t \, i \, (1 - g^2), \; dh_t \tanh(c_t) \, o (1 - o)\right)
+#    \delta_t = \left(c'_t \, g \, i (1 - i), \; c'_t \, c_{t-1} \, f (1 - f), \;
+#    c'_t \, i \, (1 - g^2), \; h'_t \tanh(c_t) \, o (1 - o)\right)
 #
-# Only the product :math:`U^\top \delta_{t+1}` mixes units. So :math:`dc` stays in the registers of
-# the program that owns the unit, and :math:`\delta` has to travel:
+# If each gate has its own mask, the product is a sum over the gates. Only this product mixes units.
+# So :math:`c'`, in the code ``d_cell``, stays in the registers of the program that owns the unit,
+# and :math:`\delta` has to travel:
 #
 # .. image:: /_static/sequence_backward.svg
 #    :alt: A program reads row t + 1 of delta from L2, four numbers for each unit, multiplies with its columns of U, and writes its own units of row t. The gradient of c stays in its registers.
@@ -161,16 +163,18 @@ def launch_all_steps(kernel, tiles, h, G, *tensors, early=0):
 # ----------------
 #
 # In the forward pass, a program with R sequences and N units reads R × H numbers of the state and
-# 4N × H of U. Now it reads R × 4H numbers of :math:`\delta` and 4N × H of U. With 1024 units and 80
-# sequences, there are 5 × 32 programs of 16 sequences and 32 units. Together they read 31.5 million
-# numbers a step, where the forward pass reads 13.6 million. :ref:`sequence lstm` printed at what
-# rate. If that stays the same, how long will a step take now?
+# 4N × H of U. Now it reads R × 4H numbers of :math:`\delta` and 4N × H of U. On an H100, with 1024
+# units and 80 sequences, there are 5 × 32 programs of 16 sequences and 32 units. Together they read
+# 31.5 million numbers a step, where the forward pass reads 13.6 million. In bfloat16 a number has 2
+# bytes, and :ref:`sequence lstm` printed the rate in TB/s. If that stays the same, how long will a
+# step take now?
 #
 # The kernel
 # ----------
 #
 # The kernel is built like the forward kernel: before ``wait`` it loads what depends on no other
-# program. This time the others read all that a step stores, so no store comes after ``arrive``.
+# program. This time the others read all that a step stores, so no store comes after ``arrive``. A
+# mask's product takes only the ``width`` numbers of :math:`\delta` that its gates have.
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
@@ -235,7 +239,7 @@ def sequence_backward_kernel(
         tl.store(d_gate + 2 * n_units, d_cell * i * (1 - g * g), mask=exists)
         tl.store(d_gate + 3 * n_units, dh * tanh_c * o * (1 - o), mask=exists)
         arrive(arrived_ptr)
-        d_cell *= f
+        d_cell *= f  # for the step before
     tl.store(d_cell_ptr + state, d_cell, mask=exists)
 
 
@@ -280,8 +284,8 @@ def launch_sequence_backward(dh, dc, gates, weight, h, c, lengths, masks, early=
 # Is it right?
 # ------------
 #
-# Run the forward pass as a plain loop, which keeps all states and gates, and compare with its
-# gradients by PyTorch, in float64.
+# A plain loop keeps all states and gates. Compare our gradients with those that PyTorch computes
+# for the loop, in float64.
 
 
 def plain_loop(from_input, weight, h0, c0, masks):
@@ -365,19 +369,19 @@ if __name__ == "__main__" and not INTERPRET:
     for n, backward, busy, products in times.values:
         tile, units, row_blocks, *_ = blocks_for(BACKWARD_TILES, 80, int(n), DEVICE)
         n_bytes = row_blocks * (n // units) * (320 / row_blocks + 4 * units) * n * 2
-        print(f"{n:.0f} units: {n_bytes / 2**20:.1f} MiB a step", end="")
-        print(f" are {n_bytes / busy / 1e6:.1f} TB/s if nobody waits;", end="")
+        print(f"{n:.0f} units: {n_bytes / 2**20:.1f} MiB a step,", end="")
+        print(f" read at {n_bytes / busy / 1e6:.1f} TB/s if nobody waits;", end="")
         print(f" {backward / products:.2f} times the products alone")
 
 # %%
-# Compare the printed rates with those of the forward pass. On an H100 and an H200 they are within a
-# tenth of each other at 1024 and 1152 units, so the bytes predict the time. At 2048 units a step
-# takes about a quarter longer than predicted. The large product, which is in both lines, explains
-# part of that. As in the forward pass, the programs hardly wait for each other.
+# Compare the printed rates with those of the forward pass. At 1024 and 1152 units, on an H100 and
+# on an H200, the two passes differ by less than a tenth, so the bytes predict the time. At 2048
+# units a step takes about a quarter longer than predicted. The large product, which is in both
+# lines, explains part of that. As in the forward pass, the programs hardly wait for each other.
 #
 # Could the kernel read less? A program that kept its columns of U on the chip would read only
-# :math:`\delta`. Persistent kernels in CUDA do that (see the references). A Triton kernel can't say
-# what stays in registers from one step to the next.
+# :math:`\delta`. Persistent kernels in CUDA do that (see the references). Triton has no way to keep
+# so large a block on the chip from one step to the next.
 #
 # :ref:`lstm module` makes both launches known to autograd and to ``torch.compile``, adds what a
 # module needs, and compares it with cuDNN's LSTM.
@@ -386,7 +390,7 @@ if __name__ == "__main__" and not INTERPRET:
 # ---------
 #
 # 1. The forward kernel uses two buffers in turn for the masked state. Would one be enough? And why
-#    does the backward kernel need none?
+#    doesn't the backward kernel need two?
 # 2. The gradient of U needs the masked states of all steps. Where do they come from, and what would
 #    it cost to keep them?
 #

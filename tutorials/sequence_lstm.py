@@ -11,7 +11,7 @@ and wait for each other after each step. Python launches only once, so no step w
 You will learn
 
 - how programs of one launch exchange data, and wait for each other at a barrier that never hangs;
-- how to predict the time of a step from its parts, and how to measure each part alone;
+- which parts the time of a step has, and how to measure each alone;
 - why the order of loads, stores and waiting matters.
 
 Needs: PyTorch, :ref:`fused lstm`, and :ref:`softmax slices`.
@@ -90,21 +90,22 @@ def tanh(x):
 # A program that has written its part adds 1 to a counter: it *arrives*. Before it reads, it *waits*
 # until the counter shows that all programs have arrived. There are two buffers for the masked
 # state, one for even and one for odd steps, so that no program overwrites what another is still
-# reading. Programs with different sequences need nothing from each other, so each block of
-# sequences has a counter of its own.
+# reading: whoever passes the barrier knows that all have finished the step before. Programs with
+# different sequences need nothing from each other, so each block of sequences has a counter of its
+# own.
 
 
 @triton.jit
 def arrive(arrived_ptr):
     """Say that this program has stored what the others wait for."""
-    tl.debug_barrier()  # wait for all threads of this program
+    tl.debug_barrier()  # one thread adds, so first all threads must have stored
     tl.atomic_add(arrived_ptr, 1, sem="release")
 
 
 @triton.jit
 def wait(arrived_ptr, n_arrivals):
     """Wait for the others to arrive; then this program sees what they stored."""
-    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < n_arrivals:
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < n_arrivals:  # reads it in L2
         pass
 
 
@@ -122,21 +123,25 @@ def wait(arrived_ptr, n_arrivals):
 # What does a step cost?
 # ----------------------
 #
-# For a program with R sequences and N units, a step has three parts, one after the other:
+# For a program with R sequences, N units and one mask, a step has three parts:
 #
 # - the *barrier*: an addition has to reach L2, and the counter's value has to come back;
 # - the *bytes*: the program reads R × H numbers of the state and 4N × H numbers of U. U is read
-#   again in each step, since Triton keeps no block of that size in registers from one step to the
-#   next;
+#   again in each step, because it is too large for the registers;
 # - the *product*: R × H × 4N multiplications, on tensor cores, the GPU's circuits for products.
 #
-# For example, with 1024 units and 80 sequences, there are 2 × 64 programs of 40 sequences and 16
-# units. Together they read 128 × (40 + 64) × 1024, or 13.6 million numbers a step, though U has
-# only 4.2 million. Larger blocks would read less, but then fewer multiprocessors would have work.
+# For example, on an H100, with 1024 units and 80 sequences, there are 2 × 64 programs of 40
+# sequences and 16 units. Together they read 128 × (40 + 64) × 1024, or 13.6 million numbers a step,
+# though U has only 4.2 million. Larger blocks would read less, but then fewer multiprocessors would
+# have work.
 #
 # Everything else should happen while the programs wait for each other. So the kernel loads what
-# came from the input *before* it waits, and it arrives *before* it stores what only the backward
-# pass will read.
+# came from the input *before* it waits, and it arrives *before* it stores what no other program
+# waits for.
+#
+# A block has a power of two of rows, ``ROWS``, and the program's sequences are its first ``rows``.
+# Column 4u + j of the block of U holds gate j of unit u, so one product does all gates. After it,
+# ``tl.split`` halves the last axis: first it separates gates 0 and 2 from 1 and 3.
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
@@ -163,7 +168,6 @@ def sequence_kernel(
     for part in tl.static_range(G):
         keep += (tl.load(masks_ptr + part * plane + state, mask=exists, other=0.0),)
 
-    # The four rows of U of a unit become neighbouring columns, so that one product does all gates.
     k = tl.arange(0, K)
     column = tl.arange(0, 4 * UNITS)[None, :]
     owner = tl.program_id(1) * UNITS + column // 4
@@ -182,7 +186,7 @@ def sequence_kernel(
         for part in tl.static_range(G):
             part_ptr = x_ptr + (t % 2 * G + part) * plane
             for first in range(0, n_units, K):
-                # .cg: from L2; a multiprocessor's own cache, L1, misses others' writes
+                # .cg: from L2; a multiprocessor's own cache, L1, may hold an old value
                 x = tl.load(part_ptr + first, exists, 0.0, cache_modifier=".cg")
                 if G == 1:
                     u = tl.load(u_ptr + first)
@@ -216,13 +220,14 @@ def sequence_kernel(
 # The launch
 # ----------
 #
-# The block sizes in ``TILES`` were found by measuring. ``blocks_for`` takes the first with which
-# all programs fit on the GPU. If there are too many sequences even for the last, they go into
-# several launches. Units come in multiples of 128, with added units that stay 0, so no load needs a
-# mask on units.
+# The block sizes in ``TILES`` were found by measuring. ``blocks_for`` takes the first entry whose
+# programs all fit on the GPU at once. If there are too many sequences even for the last entry, they
+# go into several launches. ``n_units`` must be a multiple of 128, so no load needs a mask on units.
+# (:ref:`lstm module` adds units that stay 0.) ``PRECISION`` says whether products in float32 use
+# TF32, which rounds their inputs to fewer bits and is faster.
 
-# Sequences a program at most, programs a multiprocessor, units a program, and the options
-# num_warps and num_stages (how far a loop loads ahead).
+# Each entry: how many sequences a program takes at most, how many programs run on a multiprocessor,
+# how many units a program takes, num_warps, and num_stages (how far a loop loads ahead).
 TILES = [
     (16, 2, 16, 4, 3),
     (64, 1, 16, 8, 3),
@@ -325,11 +330,11 @@ if __name__ == "__main__":
 # Each part alone
 # ---------------
 #
-# Now measure these parts, per step, with everything captured in a CUDA graph. For the barrier
-# alone, a kernel does nothing else. For everything but the waiting, the counter starts at a billion
-# (``early``), so no program ever waits. (The results are wrong, of course.) The product alone is
-# PyTorch's. cuDNN runs the same steps without recurrent dropout; it gets only 8 inputs, so that its
-# product with W hardly counts.
+# Now measure these parts, per step, with everything captured in a CUDA graph. A kernel that only
+# waits and arrives gives the time of the barrier. For everything but the waiting, the counter
+# starts at a billion (``early``), so no program ever waits. (The results are wrong, of course.)
+# PyTorch computes the product alone. cuDNN runs the same steps without recurrent dropout; it gets
+# only 8 inputs, so that its product with W hardly counts.
 
 
 @triton.jit
@@ -386,14 +391,14 @@ if __name__ == "__main__" and not INTERPRET:
     for n, _, busy, *_ in times.values:
         tile, units, row_blocks, *_ = blocks_for(TILES, 80, int(n), DEVICE)
         n_bytes = row_blocks * (n // units) * (80 / row_blocks + 4 * units) * n * 2
-        print(f"{n:.0f} units: {n_bytes / 2**20:.1f} MiB a step", end="")
-        print(f" are {n_bytes / busy / 1e6:.1f} TB/s if nobody waits")
+        print(f"{n:.0f} units: {n_bytes / 2**20:.1f} MiB a step,", end="")
+        print(f" read at {n_bytes / busy / 1e6:.1f} TB/s if nobody waits")
 
 # %%
 # The dotted line is close to the solid one, so the programs hardly wait for each other. The barrier
-# alone takes longer than the difference, because most of it is the time that the counter takes to
-# L2 and back, which the dotted line contains as well. With few units this is a large part of a
-# step. With many units the bytes count: they grow with the square of the units.
+# alone takes longer than the difference, because most of it is the way to L2 and back, and the
+# dotted line contains that, too. With few units this is a large part of a step. With many units the
+# bytes count: they grow with the square of the units.
 #
 # Then compare the whole sequence with the products alone, one launch a step. On an H100 and an H200,
 # up to 256 units, a whole step takes no longer than its product, because even in a graph each
@@ -403,9 +408,9 @@ if __name__ == "__main__" and not INTERPRET:
 # Exercises
 # ---------
 #
-# 1. Replace recurrent dropout by zoneout (Krueger et al., 2017): at each step, a unit keeps its old c
-#    with probability p, and independently its old h. Let ``masks`` have shape (T, 2, B, H), with 1
-#    where the old value stays.
+# 1. Replace recurrent dropout by zoneout (Krueger et al., 2017): at each step, a unit keeps its old
+#    c with probability p. A second, independent draw decides the same for h. Let ``masks`` have
+#    shape (T, 2, B, H), with 1 where the old value stays.
 # 2. Move ``arrive`` below the stores of the gates, of c and of h, and measure. Then move the four
 #    loads of the gates below ``wait``. Why does the order matter?
 #

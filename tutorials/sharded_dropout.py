@@ -4,10 +4,10 @@
 Dropout on real ranks
 =====================
 
-A model that is divided among GPUs can draw the same dropout masks on one of them, on two and on
-four. In this lesson you write dropout for ``DTensor``, PyTorch's tensor that is divided among
-*ranks*, the processes that train together. The ranks don't communicate for it. Then you train a
-small model on four processes, stop it, and resume it on two.
+A model can draw the same dropout masks whether it runs on one GPU, on two or on four. In this lesson
+you write dropout for ``DTensor``, PyTorch's tensor that is divided among *ranks*, the processes that
+train together. They don't communicate for it. Then you train a small model on four processes,
+stop it, and resume it on two.
 
 You will learn
 
@@ -54,9 +54,9 @@ if __name__ == "__main__":
 # Dropout of a block, again
 # -------------------------
 #
-# These are the kernel and the launch of :ref:`block dropout`: ``x`` is a block of a tensor of
-# shape ``shape`` that begins at ``offsets``, and its mask is that of the whole tensor, cut to the
-# block.
+# These are the kernel and the launch of :ref:`block dropout`: ``x`` is a block of a tensor of shape
+# ``shape`` that begins at ``offsets``, and its mask is that of the whole tensor, cut to the block.
+# ``BlockDropout`` adds the gradient.
 
 
 @triton.jit
@@ -172,10 +172,10 @@ class BlockDropout(torch.autograd.Function):
 #
 # So a rank can compute alone which block it holds: it begins with the whole tensor and cuts off
 # what others hold, once for each ``Shard``. The shards are as large as those of ``torch.chunk``, so
-# the last ones may be smaller, or empty. There is one special case. FSDP, PyTorch's way to divide
-# the weights among ranks to save memory, can divide a dimension that is divided already. Its
-# placement comes first in the list, but has to be applied last. PyTorch gives this placement a
-# ``split_factor``, the number of parts that the others make.
+# the last ones may be smaller, or empty. FSDP, PyTorch's way to divide the weights among ranks to
+# save memory, can divide a dimension that is divided already. Its placement, a *strided* shard,
+# comes first in the list, but has to be applied last. Its ``split_factor`` says into how many parts
+# the other placements divide the dimension.
 
 import functools
 import math
@@ -198,6 +198,7 @@ def block_of(shape, mesh_shape, coordinates, placements):
                 "x must be divided evenly where shards are strided, got placements "
                 f"{placements} of shape {shape} on a mesh of {mesh_shape}"
             )
+    # Apply FSDP's placement last.
     divisions.sort(key=lambda division: getattr(division[0], "split_factor", 0))
     for placement, n_ranks, coordinate in divisions:
         mine = places[placement.dim]
@@ -211,14 +212,15 @@ def block_of(shape, mesh_shape, coordinates, placements):
 # --------------------
 #
 # Each rank applies dropout to its own block, and needs nothing from the others. If several ranks
-# hold the same block, they draw the same mask, so the copies stay equal. Only ``Partial`` is
-# refused: its summands have to be added first.
+# hold the same block, they draw the same mask, so the copies stay equal. ``Partial`` is refused:
+# its summands have to be added first.
 
 
 def sharded_dropout(x, p, seed):
-    """Dropout of a ``DTensor``: the same mask on any number of ranks, in any placement.
+    """Dropout of a ``DTensor``: the same mask on any number of ranks.
 
-    ``x`` is float16, bfloat16, float32 or float64; its shards may be uneven or empty. ``p``
+    ``x`` is float16, bfloat16, float32 or float64; its shards may be uneven or empty, except
+    where FSDP divides a dimension that is divided already. ``p``
     is the probability of dropping, in [0, 1], rounded to a multiple of 2^-32, and ``seed``
     an integer of 64 bits, the same on all ranks. The result has the placements of ``x``.
     No rank communicates, and no tensor is kept for the backward pass. Differentiable in
@@ -253,7 +255,7 @@ def sharded_dropout(x, p, seed):
         raise ValueError(f"x must have the shape {sizes} on this rank, got {got}")
     seed = int(seed) - 2**64 if seed >= 2**63 else int(seed)  # as a signed integer
     y = BlockDropout.apply(local, float(p), seed, list(x.shape), offsets)
-    stride = torch.empty(x.shape, device="meta").stride()
+    stride = torch.empty(x.shape, device="meta").stride()  # allocates nothing
     whole = {"run_check": False, "shape": x.shape, "stride": stride}
     return DTensor.from_local(y, mesh, x.placements, **whole)
 
@@ -281,7 +283,7 @@ if __name__ == "__main__":
         torch.manual_seed(seed)
         return torch.nn.functional.dropout(x, p)
 
-    hook = sys.excepthook  # each process group wraps it
+    hook = sys.excepthook  # each process group replaces it
     for dropout in (pytorch_dropout, sharded_dropout):
         masks = []
         for n in (1, 2, 4):
@@ -310,7 +312,8 @@ if __name__ == "__main__":
 # them. The second is divided by rows, so its results are sums over the ranks, and adding them up is
 # the only communication of the forward pass. A second dropout acts on the sums, which every rank
 # holds as a whole. At the end the worker saves the weights, and the next run starts from them, on
-# any number of ranks.
+# any number of ranks. The seeds, two for each step, depend on the step alone, so it goes on with
+# the masks that the first run would have drawn.
 #
 # .. image:: /_static/sharded_layers.svg
 #    :alt: Two ranks side by side. Each has all of x, some columns of the first weight, some hidden units with their part of one mask, and some rows of the second weight. The results are summed over the ranks, the only communication; then both draw the same mask.
@@ -329,7 +332,7 @@ torch.set_num_threads(1)
 if DEVICE != "cpu":
     torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
 first_step, last_step, before, after = sys.argv[1:]
-dist.init_process_group("gloo" if DEVICE == "cpu" else None)  # None: what suits the GPUs
+dist.init_process_group("gloo" if DEVICE == "cpu" else None)  # None: PyTorch chooses
 mesh = init_device_mesh(DEVICE, (dist.get_world_size(),))
 torch.manual_seed(0)
 x, target = torch.randn(8, 16), torch.randn(8, 4)
@@ -345,6 +348,7 @@ for step in range(int(first_step), int(last_step)):
     gradients = torch.autograd.grad(loss, [up, down])
     with torch.no_grad():
         for weight, gradient in zip((up, down), gradients):
+            # Exercise 2 needs the redistribution.
             weight -= 0.1 * gradient.redistribute(placements=weight.placements)
     loss = loss.full_tensor().item()
     if dist.get_rank() == 0:
@@ -353,7 +357,7 @@ weights = [weight.full_tensor().detach().cpu() for weight in (up, down)]
 if dist.get_rank() == 0:
     torch.save(weights, after)
 dist.destroy_process_group()
-os._exit(0)  # gloo's threads can crash an interpreter that is shutting down
+os._exit(0)  # at once: gloo's threads can crash Python while it shuts down
 """
 
 # %%
@@ -412,20 +416,19 @@ if __name__ == "__main__":
 
 # %%
 # The losses agree to all the digits that are printed. They need not agree to the last bit, because
-# each rank adds up its part of ``hidden @ down`` before the parts are added, and one rank adds in
-# another order. The masks do agree to the last bit. So if the losses differ by more than rounding,
-# there is a bug, and you can look for it.
+# each rank adds up its part of ``hidden @ down`` before the parts are added, and a single rank adds
+# in another order. The masks do agree to the last bit. So a larger difference than rounding is a
+# bug.
 #
-# On two GPUs, both an H100, ``sharded_dropout`` is as fast as a copy. The site's page *Benchmarks*
-# has the table.
+# On two H100, ``sharded_dropout`` is as fast as a copy. The site's page *Benchmarks* has the table.
 #
 # Sixteen thousand ranks
 # ----------------------
 #
 # Large runs divide a tensor along several dimensions. Here is one of 2^39 elements on a mesh of 64
 # x 16 x 16 ranks, divided by samples, by steps of the sequence and by features. We compute the
-# blocks of two thousand of the ranks, chosen at random, and compare each pair of blocks. Two blocks
-# have an element in common only if they overlap along every dimension.
+# blocks of two thousand random ranks, and compare each pair of blocks. Two blocks have an element
+# in common only if they overlap along every dimension.
 
 if __name__ == "__main__":
     import random
@@ -439,12 +442,12 @@ if __name__ == "__main__":
     ends = begins + sizes
     overlap = ((begins[:, None] < ends) & (begins < ends[:, None])).all(dim=-1)
     print(f"{overlap.sum() - len(blocks)} pairs of ranks have an element in common")
-    n_elements = math.prod(mesh_shape) * sizes.prod(dim=-1).unique().item()
+    n_elements = math.prod(mesh_shape) * sizes.prod(dim=-1).unique().item()  # all alike
     print(f"together the ranks have {n_elements} elements of {math.prod(shape)}")
 
 # %%
 # No two of these ranks have an element in common, and every place has a word of its own, so no word
-# is used twice. A seed has words for 2^66 places, which is 2^27 tensors of this size.
+# is used twice.
 #
 # Exercises
 # ---------
@@ -473,7 +476,7 @@ if __name__ == "__main__":
 #
 #    2. The mesh gets a second dimension, and ``x`` and ``target`` are divided along it by rows. The
 #       weights are replicated along it. Both lines with a dropout, and the one with the gradients,
-#       stay as they are.
+#       stay as they are. The number of ranks must be even.
 #
 #       .. code-block:: diff
 #

@@ -4,9 +4,9 @@
 Softmax of rows that no program can hold
 ========================================
 
-You write a softmax for rows of any width, and each row comes from memory only once. A row of much
-more than 64 KiB does not fit into the registers of one program, so several programs share it: each
-takes a slice, and writes down what the others need.
+You write a softmax for very wide rows, which come from memory only once if the GPU's cache can hold
+a row. A row of much more than 64 KiB does not fit into the registers of one program, so several
+programs share it: each takes a slice, and writes down what the others need.
 
 You will learn
 
@@ -61,8 +61,7 @@ if __name__ == "__main__":
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
 # So all slices are read to find :math:`m` and :math:`s`, and again to write :math:`y`. That moves
-# :math:`3MN` elements for M rows of N columns instead of :math:`2MN`: at most two thirds of a copy's
-# speed.
+# :math:`3MN` elements instead of :math:`2MN`: at most two thirds of a copy's speed.
 #
 # Read it again while it is in the cache
 # --------------------------------------
@@ -86,30 +85,30 @@ if __name__ == "__main__":
 # floating-point number. A program loads all numbers of its older slice's row until none is the mark.
 # Three details make that work:
 #
-# - A NaN is not equal to itself, so ``stats`` holds integers, and ``.to(..., bitcast=True)`` takes
-#   the same bits as the other type.
-# - ``volatile`` makes the compiler load again each time, past L1, each multiprocessor's own cache,
-#   which doesn't notice what others write.
+# - A NaN is not equal to itself, so ``stats`` holds integers, and ``.to(..., bitcast=True)`` reads
+#   the same bits as another type.
+# - ``volatile`` makes every load go past L1, a multiprocessor's own cache, which does not notice
+#   what others write.
 # - A plain ``tl.store`` writes what other programs are reading. Such a *race* is usually an error. It
 #   is safe here, because the GPU writes an aligned word of 4 or 8 bytes as a whole.
 #
 # Take a ticket
 # -------------
 #
-# Could the programs wait for each other for ever? A GPU starts programs in no promised order. If the
-# last ones started first, they could fill the GPU and wait for programs that can't start.
+# Could programs wait for ever? A GPU does not promise in which order programs start. If the last
+# ones started first, they could fill the GPU and wait for programs that can't start.
 #
 # So a program takes a *ticket* when it starts, in place of its ``program_id``: ``tl.atomic_add``
 # adds 1 to a counter in memory and returns what was there before, so no two programs get the same
-# number t. A row has at most ``lag`` slices, so a program waits only for slices with smaller tickets,
-# which belong to programs that have started already. Of these, the one with the smallest ticket
-# waits for nobody. So it ends, then the next one, and so all do.
+# number t. A row has at most ``lag`` slices, so a program waits only for slices with smaller
+# tickets, which belong to programs that have started already. These write their numbers before they
+# wait themselves, so every wait ends.
 #
 # The kernel
 # ----------
 #
 # As in :ref:`softmax tiles`, a row consists of whole vectors and of edges. The vectors are cut into
-# slices, and the first slice takes the edges.
+# slices; the first slice takes the edges.
 
 NOT_YET = tl.constexpr(-1)
 
@@ -125,8 +124,8 @@ def slice_at(
     t, exists, n_cols, SLICES: tl.constexpr, BLOCK: tl.constexpr,
     VECTOR: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """Positions and mask of a slice's whole vectors; all are masked unless it exists."""
-    t = tl.maximum(t, 0)  # below 0 if there is no older slice
+    """Positions and mask of a slice's whole vectors. The mask is false unless it exists."""
+    t = tl.maximum(t, 0)  # it is negative if there is no older slice
     whole = n_cols // VECTOR * VECTOR
     begin = t // SLICES * whole
     if EDGES:
@@ -139,7 +138,7 @@ def slice_at(
 
 @triton.jit
 def edges_at(t, exists, n_cols, SLICES: tl.constexpr, EDGES: tl.constexpr):
-    """Positions and mask of a row's edges; all are masked unless slice t is its first."""
+    """Positions and mask of a row's edges. The mask is false unless slice t is its first."""
     VECTOR: tl.constexpr = EDGES // 2
     t = tl.maximum(t, 0)
     start = t // SLICES * n_cols
@@ -153,7 +152,7 @@ def edges_at(t, exists, n_cols, SLICES: tl.constexpr, EDGES: tl.constexpr):
 
 @triton.jit
 def slice_publish(ptr, number, exists):
-    """Write a number for other programs, but never the mark."""
+    """Write a number for other programs. If it is the mark, write another NaN."""
     word = number.to(ptr.dtype.element_ty, bitcast=True)
     tl.store(ptr, tl.where(word == NOT_YET, NOT_YET - 1, word), mask=exists)
 
@@ -176,7 +175,7 @@ def slice_softmax_kernel(
     EDGES: tl.constexpr,
 ):  # fmt: skip
     # The first word of stats is the counter, which starts at -1 like all of them, hence the + 1.
-    # The second word is not used.
+    # (The second word is not used.) "relaxed": taking a ticket hands over no other data.
     t = tl.atomic_add(stats_ptr, 1, sem="relaxed").to(tl.int64) + 1
     stats_ptr += 2
     u = t - lag
@@ -206,6 +205,7 @@ def slice_softmax_kernel(
 
     if u >= 0:
         words = slice_wait(stats_ptr + 2 * (u // SLICES * SLICES), 2 * SLICES, 2 * WORDS)
+        # Maxima and sums alternate.
         maxima, sums = tl.split(tl.reshape(words.to(new.dtype, bitcast=True), (WORDS, 2)))
         maxima = tl.where(tl.arange(0, WORDS) < SLICES, maxima, -float("inf"))
         row_max = tl.max(maxima, axis=0)
@@ -218,7 +218,7 @@ def slice_softmax_kernel(
 
 # %%
 # In the launch, a slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of
-# slices in a row, plus as many as ``lag_bytes`` have room for. These sizes were the best on an H100.
+# slices in a row, plus as many as fit into ``lag_bytes``. These sizes were the best on an H100.
 
 LAG_BYTES = 5 * 2**20
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
@@ -236,7 +236,7 @@ def launch_slices(kernel, lag_bytes, *inputs):
     n_slices = out.numel() // n_cols * SLICES
     lag = min(SLICES + lag_bytes // (BLOCK * itemsize * len(inputs)), n_slices)
     num_warps = BLOCK * itemsize // (WARP * 64)  # each thread gets 64 bytes of a slice
-    # At least one word for each thread: two loads of the same word could give different values.
+    # At least one word for each thread, or several would load the same word at different times.
     WORDS = max(triton.next_power_of_2(SLICES), WARP * num_warps)
     word = torch.int64 if itemsize == 8 else torch.int32
     stats = torch.full((2 * n_slices + 2,), -1, dtype=word, device=out.device)
@@ -302,8 +302,8 @@ def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # Is it right?
 # ------------
 #
-# 20001 columns make five slices in the forward pass, the last not full. Some slices of the first row
-# are all ``-inf``.
+# 20001 columns make five slices, and the last is not full. Some slices of the first row are all
+# ``-inf``.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -347,8 +347,9 @@ if __name__ == "__main__" and not INTERPRET:
     print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
 # %%
-# The right end comes down to about two thirds of the copy, which confirms the count. The speed falls
-# before the lag is as large as the cache, which also holds what is written.
+# The right end comes down to about two thirds of the copy, which confirms the count. The speed
+# falls at a shorter lag than the cache's size suggests, because the cache also holds what is
+# written.
 #
 # Is it fast?
 # -----------
@@ -416,10 +417,10 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # they stay well below the copy. On an H100 the slices come close to the copy in float32, except
-# backward at 2^20 columns, and reach about nine tenths of it in bfloat16. An H200 computes as fast
-# but has faster memory, and there they reach about four fifths in float32, and three quarters in
-# bfloat16. Up to 262144 columns, QuACK's forward pass stays within a tenth of the copy. It gives each
-# row to a *cluster* of programs, which exchange numbers in shared memory.
+# backward at 2^20 columns, and reach about nine tenths of it in bfloat16. On an H200, whose memory
+# is faster, they reach about four fifths in float32 and three quarters in bfloat16. Up to 262144
+# columns, QuACK's forward pass is at most a tenth slower than the copy. It gives each row to a
+# *cluster*, a group of programs that can reach each other's shared memory.
 #
 # As a public function
 # --------------------

@@ -4,15 +4,15 @@
 Softmax in tiles, and its gradient
 ==================================
 
-You make the softmax of narrow rows fast by giving each program several rows, and you add the
-gradient. One row a program, as in :ref:`fused softmax`, is too little work if the row is short, and
-at some widths elements move one by one. Here you mend both, for rows of up to 64 KiB in float32.
+You make the softmax of narrow rows fast, and you add the gradient. In :ref:`fused softmax` each
+program has one row. If rows are short, that is too little work, and at some widths elements are
+loaded one by one. Here you mend both, for rows of up to 64 KiB in float32.
 
 You will learn
 
 - how a program works on a two-dimensional block, and how its addresses are made by broadcasting;
 - when a GPU can move 16 bytes with one instruction, and what Triton has to know for that;
-- how to write the backward pass of softmax, and how to connect both passes to autograd.
+- how to write the backward pass of softmax.
 
 Needs: PyTorch, and :ref:`fused softmax`.
 """
@@ -53,20 +53,18 @@ if __name__ == "__main__":
 # A block of addresses
 # --------------------
 #
-# A row of 256 columns in bfloat16 has 512 bytes. A program that loads so little spends much of its
-# time on starting and ending. So we give each program a *tile* of several rows.
-#
-# In the kernel, ``rows`` is a column of row numbers, and ``cols`` a row of column numbers. We
-# multiply ``rows`` by the stride, the distance in memory from one row to the next, and add
-# ``cols``. The sum is a two-dimensional block of addresses, by broadcasting as in PyTorch.
+# We give each program a *tile* of several rows. In the kernel, ``rows`` numbers the rows and has
+# the shape (ROWS, 1), and ``cols`` numbers the columns and has the shape (1, BLOCK). We multiply
+# ``rows`` by the stride, the distance in memory from one row to the next, and add ``cols``. The sum
+# is a two-dimensional block of addresses, by broadcasting.
 #
 # .. image:: /_static/tile_addresses.svg
 #    :alt: A column of four row starts plus a row of column numbers gives a block of four by eight addresses. Below, eight threads that read neighbouring elements need one piece of memory; eight that read elements far apart need eight.
 #
-# The lower half shows why neighbours in ``cols`` should be neighbours in memory. The 32 threads of a
-# warp load together, and memory comes in sectors of 32 bytes. If neighbouring threads load
-# neighbouring elements, every byte is used: the loads are *coalesced*. Elements far apart need a
-# sector each, most of which is thrown away.
+# The lower half shows why ``cols`` should be neighbours in memory. The 32 threads of a warp load
+# together, and memory comes in sectors of 32 bytes. If neighbouring threads load neighbouring
+# elements, every byte is used: the loads are *coalesced*. Elements far apart need a sector each,
+# most of which is thrown away.
 #
 # Why Triton has to know where rows begin
 # ---------------------------------------
@@ -74,27 +72,26 @@ if __name__ == "__main__":
 # A thread can load 16 bytes with one instruction, but only from a multiple of 16. So the compiler
 # uses this instruction only if it is certain of the address. If a tensor begins at a multiple of 16
 # bytes, or an integer argument is a multiple of 16, Triton compiles a version of the kernel that
-# relies on this. But the second row of 5000 columns in bfloat16 begins 10000 bytes further on. That
-# is a multiple of 16, and the integer 5000 is not, so the compiler can't be certain, and loads each
-# element by itself. With 5001 columns, most rows really begin between two multiples.
+# relies on this. But the second row of 5000 columns in bfloat16 begins 10000 bytes further on.
+# 10000 is a multiple of 16, but the argument 5000 is not. So the compiler can't be certain, and
+# loads each element by itself. With 5001 columns, most rows really begin between two multiples.
 #
-# So the kernel divides each row. ``VECTOR`` is the number of elements in 16 bytes. The *whole
-# vectors* of a row are its elements from the first multiple of 16 bytes up to the last one. Before
-# and behind them lie the *edges*, fewer than ``2 * VECTOR`` elements, which are loaded one by one.
-# ``whole_vectors`` divides by ``VECTOR``, a ``tl.constexpr``, and multiplies again. So the compiler
-# is certain that the results are multiples of it.
+# ``VECTOR`` is the number of elements that move together, as many as 16 bytes hold. The *whole
+# vectors* of a row are its elements from the first multiple of 16 bytes up to the last one. The
+# *edges* are the elements before and after them, fewer than ``2 * VECTOR``, which are loaded one by
+# one. ``whole_vectors`` divides by ``VECTOR``, a ``tl.constexpr``, and multiplies again. So the
+# compiler is certain that the results are multiples of it.
 #
-# ``EDGES`` is the size of the block for the edges. It is 0 if there are none, and for tiles of
-# several rows, which take a smaller ``VECTOR`` that divides the width.
+# ``EDGES`` is the size of the block for the edges, and 0 if there are none. Tiles of several rows
+# have none, but take a smaller ``VECTOR``, which divides the width.
 #
 # The kernel
 # ----------
 #
 # The maximum and the sum run along axis 1, and ``keep_dims`` leaves a column, as ``keepdim`` does
-# in PyTorch. A function that a kernel calls is marked with ``triton.jit``, too. In the input the
-# stride can be larger than ``n_cols``, as when you cut columns off a matrix: ``gap`` is the
-# difference. The launch divides it by ``VECTOR`` and the kernel multiplies again, to show the
-# compiler a multiple.
+# in PyTorch. A function that a kernel calls is marked with ``triton.jit``, too. The stride is
+# ``n_cols`` in the output. It can be larger in the input, as when you cut columns off a matrix, and
+# ``gap`` is the difference, which the launch divides by ``VECTOR`` for the same reason.
 
 
 @triton.jit
@@ -105,7 +102,7 @@ def to_arithmetic(x):
 
 @triton.jit
 def whole_vectors(rows, n_cols, VECTOR: tl.constexpr, EDGES: tl.constexpr):
-    """Where the whole vectors of each row begin, and how many elements they have."""
+    """Where each row's whole vectors begin in the output, and how many elements they have."""
     whole = n_cols // VECTOR * VECTOR
     begin = rows * whole
     if EDGES:
@@ -123,7 +120,7 @@ def edges_at(row, n_cols, EDGES: tl.constexpr):
     head = ((VECTOR - start % VECTOR) % VECTOR).to(tl.int32)
     whole = tl.maximum(n_cols - head, 0) // VECTOR * VECTOR
     cols = tl.arange(0, EDGES)[None, :]
-    cols = tl.where(cols < head, cols, cols + whole)
+    cols = tl.where(cols < head, cols, cols + whole)  # skip the whole vectors
     return start + cols, cols < n_cols
 
 
@@ -147,7 +144,7 @@ def tile_softmax_kernel(
         x = to_arithmetic(tl.load(x_tile + i * BLOCK, mask, other=-float("inf")))
         pieces += (x,)
         largest = tl.maximum(largest, x)
-    if EDGES:  # of the only row, loaded before the first result is waited for
+    if EDGES:  # of the only row; load them before waiting for the maximum
         edges, edge_mask = edges_at(row, n_cols, EDGES)
         edge = to_arithmetic(tl.load(x_ptr + edges, edge_mask, other=-float("inf")))
     largest = tl.max(largest, axis=1, keep_dims=True)
@@ -174,15 +171,14 @@ def tile_softmax_kernel(
 # Launch it
 # ---------
 #
-# A tile has 4096 elements. We found this size by measuring: larger tiles leave room for fewer
-# programs at a time, and smaller ones spend more time on starting. A longer row is cut into *pieces*
-# of 1024 columns. The size of a block is a power of two, so a row of 5000 columns as one block would
-# take 8192 elements, two fifths of them for nothing. Five pieces have only 5120. In the kernel,
-# ``pieces`` is a tuple, and the compiler unrolls each loop over ``tl.static_range``, so all pieces
-# stay in registers.
+# A tile has 4096 elements. We found this size by measuring: of larger tiles, fewer fit into a
+# multiprocessor's registers, and smaller ones spend more time on starting. A longer row is cut into
+# *pieces* of 1024 columns. The size of a block is a power of two, so a row of 5000 columns as one
+# block would take 8192 elements, two fifths of them for nothing. Five pieces have only 5120. In the
+# kernel, ``pieces`` is a tuple, and the compiler unrolls each loop over ``tl.static_range``, so all
+# pieces stay in registers.
 #
-# All dimensions before the last together number the rows. A transposed matrix is copied, because
-# neighbours in its rows are not neighbours in memory.
+# A transposed matrix is copied, because neighbours in its rows are not neighbours in memory.
 
 import math
 
@@ -192,10 +188,7 @@ WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().wa
 
 
 def warps(n_bytes, each):
-    """The number of warps that gives each thread at most so many bytes, up to 512 threads.
-
-    Of 1024 threads, which take more than 32 registers each, only one program would fit.
-    """
+    """As many warps as give each thread ``each`` bytes, but at most 512 threads."""
     return min(triton.next_power_of_2(triton.cdiv(n_bytes, WARP * each)), 512 // WARP)
 
 
@@ -211,7 +204,7 @@ def launch_tiles(kernel, tensors, n_rows, n_cols, *gap, tile=TILE, align=True):
         EDGES = 2 * VECTOR
     else:
         VECTOR = math.gcd(n_cols, extra, VECTOR)
-    # If threads load 2 bytes at a time, there are more of them, with fewer elements each.
+    # Threads that load only 2 bytes at a time get half as many elements.
     n_bytes = ROWS * BLOCK * PIECES * max(itemsize, 4 // VECTOR)
     num_warps = warps(n_bytes, each=128 if PIECES > 1 else 64)
     sizes = n_rows, n_cols, *(g // VECTOR for g in gap), ROWS, BLOCK, PIECES
@@ -252,15 +245,15 @@ if __name__ == "__main__":
 # The backward pass
 # -----------------
 #
-# Autograd passes on :math:`g`, the gradient of the loss :math:`L` with respect to :math:`y`. Each
+# Autograd gives us :math:`g`, the gradient of the loss :math:`L` with respect to :math:`y`. Each
 # element of :math:`x` changes its own element of :math:`y` through the numerator, and all elements
-# of its row through the denominator. Both together give
+# of its row through the denominator. Together:
 #
 # .. math:: \frac{\partial L}{\partial x_j} = y_j \Bigl(g_j - \sum_k y_k g_k\Bigr)
 #
-# This formula needs :math:`y` but not :math:`x`, so only the output is kept. For M rows with N
-# columns, the backward pass reads :math:`2MN` elements and writes :math:`MN`, as many as an addition
-# of two matrices, so we take its speed for the limit.
+# This formula needs :math:`y` but not :math:`x`, so only the output is kept. The backward pass
+# reads :math:`2MN` elements and writes :math:`MN`, as many as adding two matrices. So an addition
+# is the limit.
 
 
 @triton.jit
@@ -298,7 +291,7 @@ def tile_backward_kernel(
 def launch_tile_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     dx = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     if y.numel() > 0:
-        # A gradient can have any strides: those of an expanded number are 0.
+        # A gradient can have any strides: after y.sum() they are 0.
         dy, y = (t.resolve_neg().contiguous() for t in (dy, y))
         n_cols = y.shape[-1]
         launch_tiles(tile_backward_kernel, (dx, dy, y), y.numel() // n_cols, n_cols)
@@ -316,8 +309,8 @@ if __name__ == "__main__":
 # -----------
 #
 # All matrices have 2^28 elements. "One row a program" is the same kernel without tiles, pieces and
-# whole vectors. A copy is the limit. Liger and QuACK are shown where they are installed. (QuACK
-# refuses 12161 columns.)
+# whole vectors. A copy is the limit. Liger and QuACK, two libraries of kernels, are shown if they
+# are installed. (QuACK refuses 12161 columns.)
 
 from importlib import import_module
 
@@ -404,10 +397,10 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # In bfloat16, one row a program is slow at 256 columns, where several rows a program help, and at
-# 5000 and 12161 columns, where whole vectors and pieces help. In float32 on an H100 it is already
-# about as fast as the copy. With tiles every width is close to the limit, forward and backward.
-# On wide rows ``torch.softmax`` falls behind, and ``torch.compile`` above all in bfloat16. PyTorch's
-# backward pass reaches at most about half of its limit.
+# 5000 and 12161 columns, where whole vectors and pieces help. In float32 on an H100, one row a
+# program is already about as fast as the copy. With tiles every width is close to the limit,
+# forward and backward. On wide rows ``torch.softmax`` is slower, and so is ``torch.compile``, above
+# all in bfloat16. PyTorch's backward pass reaches at most about half of its limit.
 #
 # As a public function
 # --------------------
@@ -445,7 +438,7 @@ class TileSoftmax(torch.autograd.Function):
         return launch_tile_backward(dy, y)
 
 
-# Function.apply looks up the arguments' names, which costs more than the rest of the call.
+# Function.apply first looks up the arguments' names, which is slow. This is the method below it.
 quick_apply = super(torch.autograd.Function, TileSoftmax).apply
 
 
@@ -478,16 +471,13 @@ def tile_softmax(x):
 
 
 # %%
-# Why does it stop at 64 KiB? A row has to stay in a multiprocessor's registers, which hold 256 KiB,
-# and the backward pass holds two rows. :ref:`softmax slices` is about wider ones.
+# Wider rows don't fit into the registers of a program: :ref:`softmax slices` is about them.
 #
 # Exercises
 # ---------
 #
 # 1. Pieces have 1024 columns. Try 4096 in bfloat16, and predict what the figure shows at 5000
 #    columns before you look.
-# 2. Turn the forward kernel into one for the RMS norm of rows, which divides each element by
-#    :math:`\sqrt{\tfrac{1}{n} \sum_k x_k^2 + 10^{-6}}`.
 #
 # .. note::
 #    Try it first.
@@ -495,41 +485,6 @@ def tile_softmax(x):
 #    1. Two pieces of 4096 columns have 8192 elements again. On an H100 nothing is lost, since memory
 #       is the limit either way. On an H200, whose memory is faster, arithmetic is the limit then, and
 #       5000 columns take almost a third longer.
-#    2. The maximum is not needed, and the padding becomes 0, which adds nothing to the sum of
-#       squares. The launch stays as it is.
-#
-#       .. code-block:: diff
-#
-#          -    pieces, largest = (), tl.full((ROWS, BLOCK), -float("inf"), tl.float32)
-#          +    pieces, squares = (), tl.zeros((ROWS, BLOCK), tl.float32)
-#          @@
-#          -        x = to_arithmetic(tl.load(x_tile + i * BLOCK, mask, other=-float("inf")))
-#          +        x = to_arithmetic(tl.load(x_tile + i * BLOCK, mask, other=0.0))
-#                   pieces += (x,)
-#          -        largest = tl.maximum(largest, x)
-#          +        squares += x * x
-#          @@
-#          -        edge = to_arithmetic(tl.load(x_ptr + edges, edge_mask, other=-float("inf")))
-#          -    largest = tl.max(largest, axis=1, keep_dims=True)
-#          +        edge = to_arithmetic(tl.load(x_ptr + edges, edge_mask, other=0.0))
-#          +    mean = tl.sum(squares, axis=1, keep_dims=True) / n_cols
-#               if EDGES:
-#          -        largest = tl.maximum(largest, tl.max(edge, axis=1, keep_dims=True))
-#          -    numerators, total = (), tl.zeros((ROWS, BLOCK), largest.dtype)
-#          -    for i in tl.static_range(PIECES):
-#          -        numerator = tl.exp(pieces[i] - largest)
-#          -        numerators += (numerator,)
-#          -        total += numerator
-#          -    denominator = tl.sum(total, axis=1, keep_dims=True)
-#          -    if EDGES:
-#          -        edge = tl.exp(edge - largest)
-#          -        denominator += tl.sum(edge, axis=1, keep_dims=True)
-#          -    factor = 1 / denominator
-#          +        mean += tl.sum(edge * edge, axis=1, keep_dims=True) / n_cols
-#          +    factor = 1 / tl.sqrt(mean + 1e-6)
-#          @@
-#          -        tl.store(y_tile + i * BLOCK, numerators[i] * factor, mask)
-#          +        tl.store(y_tile + i * BLOCK, pieces[i] * factor, mask)
 #
 # References
 # ----------

@@ -6,8 +6,8 @@ A random projection that is never stored
 
 You write a matrix product whose right-hand side is never in memory: the kernel draws each tile of
 the random matrix where it multiplies by it. It squeezes vectors of a million numbers
-into four thousand and hardly changes the distances between them. If the vectors are few, most of
-the time goes into reading the matrix. But :ref:`seeded dropout` showed that random numbers can be
+into four thousand and hardly changes the distances between them. If the matrix is stored and the
+vectors are few, most of the time goes into reading the matrix. But :ref:`seeded dropout` showed that random numbers can be
 computed where they are needed.
 
 You will learn
@@ -63,7 +63,7 @@ if __name__ == "__main__":
 # each of the k *components*. An entry is +a with probability d/2, -a with probability d/2, and
 # otherwise 0, where d is the *density* and :math:`a = 1 / \sqrt{d\,k}`. Then the squared length of
 # y is on average that of x. We take a density of 1/3, which Achlioptas showed in 2003 to be as
-# accurate as a matrix without zeros.
+# accurate as a matrix of normal numbers.
 #
 # Now count. With a million features (2^20) and 4096 components, R has 2^32 entries of two bytes
 # each in bfloat16. All of them have to be read for a product, even if you project a single vector.
@@ -79,7 +79,7 @@ if __name__ == "__main__":
 # of ``VECTORS`` vectors. It walks along the features in steps of ``IN``. In each step it loads a
 # tile of x and one of R, and ``tl.dot(r, x, y)`` adds their product to ``y``. For 16-bit numbers it
 # uses the *tensor cores*, units of the GPU that only multiply small matrices. To keep it short, the
-# kernel takes only matrices whose sizes are multiples of the tiles'.
+# kernel takes only matrices whose sizes are multiples of the tile sizes.
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def product_kernel(
     outs = tl.program_id(0) * OUT + tl.arange(0, OUT)[:, None]
     vectors = tl.program_id(1).to(tl.int64) * VECTORS + tl.arange(0, VECTORS)[None, :]
     y = tl.zeros((OUT, VECTORS), tl.float32)
-    for i in range(0, n_in, IN):
-        ins = (i + tl.arange(0, IN)).to(tl.int64)
+    for first in range(0, n_in, IN):
+        ins = (first + tl.arange(0, IN)).to(tl.int64)
         x = tl.load(x_ptr + vectors * n_in + ins[:, None])
         r = tl.load(r_ptr + ins[None, :] * n_out + outs)
         y = tl.dot(r, x, y, input_precision="ieee")  # in full precision for float32
@@ -116,18 +116,18 @@ if __name__ == "__main__":
 # To replace the load of ``r``, entry (j, i) of R must be a function of the seed, the feature j and
 # the component i alone. Philox is such a function: its key is the seed, and its counter has room
 # for j and i. But in :ref:`seeded dropout` a call of Philox for each element took longer than
-# moving 4 bytes, and an entry has only two. So an entry gets 16 bits, and the 128 bits of a call
-# make eight entries. The top bit of an entry is its sign. The entry is nonzero if the other 15 bits
-# are less than t, the density times 2^15.
+# moving 4 bytes, and an entry has only 2. So an entry gets 16 bits, and the 128 bits of a call make
+# eight entries. The top bit of an entry is its sign. The entry is nonzero if the other 15 bits are
+# less than t, the density times 2^15.
 #
 # For a density of 1/3 this t is not an integer. So each call rounds it up or down at random, and
 # the probability of rounding up is the fraction of t. The exclusive or of the call's four words
-# decides, because each of the eight entries is independent of it.
+# decides, because the 16 bits of each entry are independent of it.
 #
-# Which entry gets which bits is our choice. In the order below each thread draws just the entries
-# that the tensor cores want from it. **Feature j of component i finds its bits in the call with the
-# counter (c, i), where c = 4 ⌊j / 32⌋ + ⌊(j mod 8) / 2⌋, in word ⌊j / 8⌋ mod 4: in its lower half
-# if j is even, in its upper half if j is odd.**
+# Which entry gets which bits is our choice. Tensor cores expect certain entries in certain threads.
+# In the order below, each thread draws its own. **Feature j of component i finds its bits in the
+# call with the counter (c, i), where c = 4 ⌊j / 32⌋ + ⌊(j mod 8) / 2⌋, in word ⌊j / 8⌋ mod 4: in
+# its lower half if j is even, in its upper half if j is odd.**
 #
 # Draw a tile
 # -----------
@@ -135,7 +135,8 @@ if __name__ == "__main__":
 # One operation on a word can work on both of its entries, as long as nothing carries over from the
 # lower half to the upper one. ``0x7FFF + t`` minus the 15 bits is between 0 and 0xFFFF, and its top
 # bit is 1 exactly if the bits are less than t. We move that bit down by one and put the sign in
-# front. The result, 0x4000 or 0xC000, is +2 or -2 in bfloat16. The finished product is halved.
+# front. The result is +2 (0x4000), -2 (0xC000) or a zero of either sign. The finished product is
+# halved.
 
 
 @triton.jit
@@ -153,16 +154,18 @@ def entries(calls, components, t, fraction, seed):
     zero = tl.zeros((C, N), tl.uint32)
     c = calls.to(tl.uint32)[None, :] + zero
     i = components.to(tl.uint32)[:, None] + zero
+    # The key, the four words of the counter, and the number of rounds.
     w0, w1, w2, w3 = tl.philox(seed, c, i, zero, zero, n_rounds=7)
 
     round_up = (w0 ^ w1 ^ w2 ^ w3) < tl.cast(fraction, tl.uint32)
     t = tl.cast(t, tl.uint32) + tl.where(round_up, 0x10001, 0).to(tl.uint32)
-    even = tl.join(two_entries(w0, t), two_entries(w2, t))
-    odd = tl.join(two_entries(w1, t), two_entries(w3, t))
-    pairs = tl.join(even, odd)
+    words_02 = tl.join(two_entries(w0, t), two_entries(w2, t))
+    words_13 = tl.join(two_entries(w1, t), two_entries(w3, t))
+    pairs = tl.join(words_02, words_13)
     tile = tl.join(pairs.to(tl.uint16), (pairs >> 16).to(tl.uint16))
 
-    # The axes are now component, call, two bits of the word, half. Put them in order.
+    # The axes are now component, call, two bits of the word, half. But a feature is
+    # 32 * (call // 4) + 8 * word + 2 * (call % 4) + half: split the call, and permute.
     tile = tl.reshape(tile, (C, N // 4, 4, 2, 2, 2))
     tile = tl.permute(tile, (0, 1, 3, 4, 2, 5))
     return tl.reshape(tile, (C, 8 * N)).to(tl.bfloat16, bitcast=True)
@@ -194,8 +197,8 @@ def project_kernel(
     outs = out + tl.arange(0, OUT)
     y = tl.zeros((OUT, VECTORS), SUM)
     start = part * in_per_program
-    for i in range(start, min(start + in_per_program, n_in), IN):
-        ins = i + tl.arange(0, IN)
+    for first in range(start, min(start + in_per_program, n_in), IN):
+        ins = first + tl.arange(0, IN)
         x_tile = x_ptr + ins.to(tl.int64)[:, None] * x_col_stride
         x_tile += vectors[None, :] * x_row_stride
         inside = (ins < n_in)[:, None] & (vectors < n_vectors)[None, :]
@@ -204,7 +207,7 @@ def project_kernel(
             calls = out // 8 + tl.arange(0, OUT // 8)
             r = tl.trans(entries(calls, ins, t, fraction, seed))
         else:  # from features to components
-            calls = i // 8 + tl.arange(0, IN // 8)
+            calls = first // 8 + tl.arange(0, IN // 8)
             r = entries(calls, outs, t, fraction, seed)
         y = tl.dot(r.to(x.dtype), x, y, input_precision="ieee", out_dtype=SUM)
     y_tile = y_ptr + (part * n_vectors + vectors)[None, :] * n_out + outs[:, None]
@@ -244,7 +247,7 @@ def launch_project(x, n_out, seed, density, transposed):
 
 
 # %%
-# The result is wrong without ``num_stages=1``. By default Triton lets the steps of a loop overlap:
+# The result can be wrong without ``num_stages=1``. By default Triton lets the steps of a loop overlap:
 # while the tensor cores still multiply, the next step begins. Here it draws entries, into registers
 # that the tensor cores may still be reading. On Hopper GPUs (H100, H200) Triton 3.6 does not always
 # wait for them (`triton#9433 <https://github.com/triton-lang/triton/issues/9433>`_). Small products were right, and large ones sometimes had a few wrong entries. With ``num_stages=1`` a step ends
@@ -277,7 +280,7 @@ def drawn_product(
     (n_vectors, n_in), dtype = x.shape, x.dtype
     if n_vectors == 0:
         return x.new_empty(0, n_out)
-    x = x.resolve_neg()  # z.conj().imag negates when read
+    x = x.resolve_neg()  # apply a negation that PyTorch has put off
     if INTERPRET and dtype == torch.bfloat16:
         x = x.float()  # the interpreter's tl.dot takes bfloat16 for integers
     if dtype == torch.float32 and not INTERPRET:
@@ -317,8 +320,8 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# A stored matrix has to be read once, even for a single vector. So the limit of its product is the
-# time in which a copy moves as many bytes. Making the matrix is not counted.
+# A stored matrix has to be read once, even for a single vector. So its product takes at least as
+# long as a copy that moves as many bytes. Making the matrix is not counted.
 
 FEATURES, COMPONENTS = 2**20, 4096
 COLOURS = {"drawn": "#d55e00 -", "stored": "#0072b2 -", "moving the matrix": "#555555 --"}
@@ -353,16 +356,18 @@ if __name__ == "__main__" and not INTERPRET:
     print(tabulate(times, "keys", maxheadercolwidths=14, **layout))
 
 # %%
-# For few vectors, drawing the matrix takes less time than reading it, on an H200 only slightly less,
-# because its memory is faster. The lines cross between 64 and 256 vectors on an H100, and between 16
-# and 64 on an H200. Beyond that a stored matrix is faster, if you have room for it: all vectors
-# share one reading. Our kernel draws R anew for every 256, because a program has no room for more.
+# For few vectors, drawing the matrix is faster than reading it. On an H200 the gain is small,
+# because its memory is faster. The lines cross between 64 and 256 vectors on an H100, and between
+# 16 and 64 on an H200. Beyond that a stored matrix is faster, if you have room for it: all vectors
+# share one reading. Our kernel draws R anew for every 256 vectors, because a program has no
+# registers for more.
 #
 # As a public function
 # --------------------
 #
 # The gradient of x is the gradient that arrives times the transpose of R. So ``backward`` applies
-# the function itself, and can be differentiated as well. :ref:`operators` explains the rest.
+# the same function to the other matrix, and can be differentiated, too. :ref:`operators` explains
+# the rest.
 
 import numbers
 
@@ -419,8 +424,8 @@ def sparse_jl(x, n_components, seed, density=1 / 3):
 
     ``x``: (vectors, features), any strides; float16, bfloat16, float32 or float64; on the
     GPU (the CPU when Triton interprets). An entry of R is +a or -a with probability density
-    / 2 each, else 0; a^2 = 1 / (density * n_components). But for a it depends on ``seed``
-    (64 bits), its row and its column alone. The result has the dtype of ``x``, and the same
+    / 2 each, else 0; a^2 = 1 / (density * n_components). Which of these it is depends on
+    ``seed`` (64 bits), its row, its column and the density alone. The result has the dtype of ``x``, and the same
     bits in each run. Differentiable any number of times, in reverse mode.
     """
     matrix = checked("x", x, "n_components", n_components, seed, density)
@@ -456,7 +461,7 @@ if __name__ == "__main__" and not INTERPRET:
 #    ``sign_projection(x, n_components, seed)``, which makes 128 entries from a call of Philox. How
 #    much faster do you expect it to be?
 # 2. Work out the variance of :math:`|y|^2 / {|x|}^2` for any density. Measure it for a vector whose
-#    features are all equal, and for one of which a single feature is not zero.
+#    features are all equal, and for one with a single nonzero feature.
 #
 # .. note::
 #    Try it first.
@@ -509,7 +514,7 @@ if __name__ == "__main__" and not INTERPRET:
 #          signs = sign_projection(torch.eye(300, device=DEVICE), 80, 5) * math.sqrt(80)
 #          assert torch.allclose(signs.abs(), torch.ones_like(signs))
 #          for products in (signs, signs[1:] * signs[:-1], signs[:, 1:] * signs[:, :-1]):
-#              # A mean of n signs strays by five deviations once in a million.
+#              # More than five standard deviations: once in a million.
 #              assert abs(products.mean()) < 5 / math.sqrt(products.numel())
 #
 #    2. The entries are independent, and their odd powers have mean 0. With :math:`s = 1 / d` that
@@ -517,9 +522,8 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #       .. math:: \mathrm{Var} \, \frac{|y|^2}{|x|^2} = \frac{2}{k} + \frac{s - 3}{k} \sum_j \frac{x_j^4}{|x|^4}
 #
-#       and for s = 3 this is :math:`2 / k`, as for a dense matrix of normal numbers. Each component
-#       of a projection to k of them, times :math:`\sqrt k`, is a projection to one component, so
-#       one call gives thousands of samples.
+#       and for s = 3 this is :math:`2 / k`, as for a dense matrix of normal numbers. A component
+#       times :math:`\sqrt k` is a projection to one component, so one call gives k samples.
 #
 #       .. code-block:: python
 #
@@ -532,10 +536,6 @@ if __name__ == "__main__" and not INTERPRET:
 #              for x, values in zip((flat, spiky), squares):
 #                  found.append((values.var().item(), 2 + (1 / d - 3) * (x**4).sum().item()))
 #                  print(f"d = {d:.3f}: variance {found[-1][0]:.2f}, expected {found[-1][1]:.2f}")
-#
-#       How many components keep all distances of n points? With Achlioptas's constants,
-#       :math:`k \ge (4 + 2 \beta) \ln n / (\varepsilon^2 / 2 - \varepsilon^3 / 3)` keeps all squared
-#       distances to within :math:`1 \pm \varepsilon` with a probability of :math:`1 - n^{-\beta}`.
 #
 # References
 # ----------

@@ -79,10 +79,10 @@ if __name__ == "__main__":
 # least g with the probability :math:`(1 - d)^g`. So take a number u, uniform between 0 and 1, and
 # skip
 #
-# .. math:: g = \left\lfloor \frac{\ln u}{\ln (1 - d)} \right\rfloor
+# .. math:: G = \left\lfloor \frac{\ln u}{\ln (1 - d)} \right\rfloor
 #
-# entries. This is at least g exactly if :math:`u \le (1 - d)^g`, which has the right probability.
-# Try it: a gap of 0 should have the probability d, and the mean gap should be 1/d - 1.
+# entries. G is at least g exactly if :math:`u \le (1 - d)^g`, which has the right probability. Try
+# it: a gap of 0 should have the probability d, and the mean gap should be 1/d - 1.
 
 import math
 
@@ -101,16 +101,18 @@ if __name__ == "__main__":
 # ten gaps. With one such sequence for each column, few programs could work at the same time. So a
 # column is cut into *chunks* of 65536 features, each with a sequence of its own. **Gap n of chunk c
 # in component i comes from the call of Philox with the counter (⌊n / 2⌋, i, c, 1): from words 0 and
-# 1 if n is even, 2 and 3 if it is odd. The lowest bit of the first is the sign. The other 63 bits,
-# with a half added and divided by 2^63, are u.** (The 1 sets these words apart from the last
-# lesson's.)
+# 1 if n is even, 2 and 3 if it is odd. The lowest bit of the first is the sign. Add 1/2 to the
+# number in the other 63 bits and divide by 2^63: this is u.** (With the 1, the same seed gives
+# other words than in the last lesson.)
 #
 # The kernel
 # ----------
 #
-# A program has 16 components, and draws eight gaps of each at a time. ``tl.cumsum`` adds the gaps
-# up, which gives the positions. At each position the program loads this feature of up to 64
-# vectors, which should be neighbours in memory. So the launch transposes x first.
+# A program has 16 components, and draws eight gaps of each at a time, until the slowest component
+# is at the end of the chunk. ``tl.cumsum`` adds up the gaps, each with 1 for its nonzero entry:
+# these are the positions. At each of them the program loads one feature of up to 64 vectors, so its
+# tile has the axes component, gap and vector. The 64 numbers should be neighbours in memory, so the
+# launch transposes x first.
 #
 # With ``TRANSPOSED`` the product is with the transpose of R, from components to features, which the
 # backward pass needs. Then a program *adds* a component's value to each feature for which R has a
@@ -142,13 +144,14 @@ def visit_kernel(
         reached = tl.zeros((COMPONENTS,), tl.int32) + (chunk * 65536 - 1)
         call = 0
         while tl.min(reached, axis=0) < end - 1:
-            n = (call + tl.arange(0, GAPS // 2)).to(tl.uint32)[None, :] + zero
+            calls = (call + tl.arange(0, GAPS // 2)).to(tl.uint32)[None, :] + zero
             c = zero + tl.cast(chunk, tl.uint32)
-            w0, w1, w2, w3 = tl.philox(seed, n, i, c, zero + 1)
+            w0, w1, w2, w3 = tl.philox(seed, calls, i, c, zero + 1)
             call += GAPS // 2
             high, low = tl.interleave(w0, w2), tl.interleave(w1, w3)
             u = (high >> 1).to(tl.float64) * 2.0**32 + low.to(tl.float64) + 0.5
             u *= 2.0**-63  # between 0 and 1
+            # A longer gap leaves the chunk, too, and might not fit into 32 bits.
             gaps = tl.minimum(tl.log(u) * per_log, 65536.0).to(tl.int32)
             features = reached[:, None] + tl.cumsum(gaps + 1, axis=1)
             reached = tl.max(features, axis=1)
@@ -170,9 +173,9 @@ def visit_kernel(
 # Launch it
 # ---------
 #
-# Each program takes one or several chunks and stores their sum, and these sums are added up
-# afterwards. The transposed copy of x is made for at most 64 vectors of a million features at a
-# time.
+# Without ``TRANSPOSED``, each program takes one or several chunks and stores their sum, and these
+# sums are added up afterwards. To keep the transposed copy small, a million features are projected
+# 64 vectors at a time.
 
 
 def launch_visit(x, n_out, seed, density, transposed):
@@ -207,7 +210,7 @@ def visited_product(
     if n_vectors > 0:
         a = math.sqrt(1 / (density * (n_in if transposed else n_out)))
         at_once = max(2**26 // max(n_in, n_out), 64)
-        x = x.resolve_neg()  # z.conj().imag negates when read
+        x = x.resolve_neg()  # apply a negation that PyTorch has put off
         for some, result in zip(x.split(at_once), y.split(at_once), strict=True):
             result.copy_(launch_visit(some, n_out, seed, density, transposed).mul_(a))
     return y
@@ -218,8 +221,8 @@ def visited_product(
 # ------------
 #
 # The projected unit vectors are the matrix itself, so we can count its entries, and compare with
-# products of PyTorch. Then we check the variance. Each component, times :math:`\sqrt k`, is a
-# projection to one component, so one call gives many samples.
+# products of PyTorch. Then we check the variance. A component times :math:`\sqrt k` is a projection
+# to one component, so one call gives k samples.
 
 if __name__ == "__main__":
     D, k, d = 300, 96, 1 / 150
@@ -239,7 +242,7 @@ if __name__ == "__main__":
         print(f"{name}: variance {squares.var():.2f}, expected {expected:.2f}")
 
 # %%
-# Sparseness costs the spiky vector accuracy, and the flat one hardly any.
+# Sparseness makes the spiky vector's result less accurate, but hardly the flat one's.
 #
 # Handwritten digits
 # ------------------
@@ -271,16 +274,16 @@ if __name__ == "__main__":
             print(f"{k} components, {name}: {kept:.1%} of the neighbours kept")
 
 # %%
-# The two lose about as many neighbours. To project the next digit, scikit-learn needs its matrix,
-# and you need the seed.
+# The two lose about as many neighbours. To project the next digit, scikit-learn needs its matrix.
+# You need only the seed.
 #
 # Is it fast?
 # -----------
 #
 # The other way is to store the nonzero entries, row after row, with their columns. This format is
 # called CSR. At 1/1024 it takes 2^22 × (2 + 8) bytes, 2 for a value and 8 for its column. We
-# multiply it by a transposed view of x, and by a transposed copy. This copy is timed, as is our
-# kernel's. The limit is the time in which a copy moves as many bytes as x has.
+# multiply it by a transposed view of x, and by a transposed copy. We time this copy, and also the
+# copy that our kernel needs. The limit is the time in which a copy moves as many bytes as x has.
 
 import warnings
 
@@ -333,14 +336,15 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # For one and for four vectors the stored CSR is far ahead: each load of the kernel has room for 64
-# vectors, and most of it stays empty. The kernel takes less time for 16 vectors than for one,
-# because a thread loads eight neighbours at once if the number of vectors is a multiple of 16. From
-# there on the kernel is ahead. But if your x already lies in transposed order, CSR needs
-# no copy, and the figure does not show that case. Drawing also saves you making the CSR, keeping it
-# and sending it to others, who need only the seed.
+# vectors, and most of it stays empty. The kernel takes less time for 16 vectors than for one: if
+# the number of vectors is a multiple of 16, Triton knows that rows are aligned, and a thread loads
+# eight neighbours at once. From there on the kernel is ahead. But if your x already lies in
+# transposed order, CSR needs no copy, and the figure does not show that case. With drawing, you
+# don't have to make, keep or send a CSR matrix: others need only the seed.
 #
-# The two products need room for the transposed copy of x and for sums in float32. The one with the
-# transpose takes longer, because atomics read and write memory where the other product only reads.
+# The products with R and with its transpose need room for a transposed copy of their input and for
+# sums in float32. The one with the transpose takes longer, because atomics read and write memory
+# where the other product only reads.
 
 if __name__ == "__main__" and not INTERPRET:
     x = torch.randn(64, FEATURES, device=DEVICE, dtype=torch.bfloat16)
@@ -360,7 +364,7 @@ if __name__ == "__main__" and not INTERPRET:
 # --------------------
 #
 # This is the code of :ref:`sparse johnson-lindenstrauss`, with ``visited_product`` in place of
-# ``drawn_product``. Only the density "auto" is new.
+# ``drawn_product``. New are the density "auto" and ``apply``, which saves CPU time.
 
 import numbers
 
@@ -437,41 +441,26 @@ def very_sparse_jl(x, n_components, seed, density="auto"):
 
     As ``sparse_jl``, but the time grows with ``density``, and the matrix is another one.
     ``density`` is from 2^-32 to 1; "auto" is 1 / sqrt(features), after Li, Hastie and Church.
-    The result has the same bits in each run; its gradient may differ in the last ones.
+    The result has the same bits in each run; its gradient may differ in the last bits.
     """
     return visit("x", x, "n_components", n_components, seed, density, False)
 
 
 def very_sparse_jl_transpose(y, n_features, seed, density="auto"):
-    """Multiply by the transpose of the matrix of ``very_sparse_jl``: y R^T."""
+    """Multiply by the transpose of that matrix, y R^T; runs may differ in the last bits."""
     return visit("y", y, "n_features", n_features, seed, density, True)
 
 
 # %%
-# What does a call cost the CPU? The last line has no checks and no autograd.
-
-if __name__ == "__main__" and not INTERPRET:
-    import timeit
-
-    x = torch.ones(64, 1024, device=DEVICE, dtype=torch.bfloat16)
-    calls = (
-        "x @ x.T",
-        "very_sparse_jl(x, 64, 7)",
-        "visited_product(x, 64, 7, 0.03, False)",
-    )
-    for call in calls:
-        times = timeit.repeat(call, globals=globals(), number=1000, repeat=5)
-        print(f"{call}: {min(times) * 1e3:.0f} microseconds of the CPU for a call")
-
-# %%
-# ``x @ x.T`` is one call into C++, and ours makes several, so it is better to store small matrices.
+# As in :ref:`sparse johnson-lindenstrauss`, a call takes the CPU longer than ``x @ R``, so it is
+# better to store small matrices.
 #
 # Exercises
 # ---------
 #
 # 1. A *count sketch* is sparser still: each feature goes to one component, chosen at random, with a
 #    random sign. Write ``count_sketch(x, n_components, seed)``, whose matrix has one entry of +1 or
-#    -1 in each row. What is its variance?
+#    -1 in each row. What is the variance of :math:`|y|^2 / {|x|}^2`?
 # 2. From which density on is it faster to draw every entry, for 1, 64 and 1024 vectors? Time
 #    ``drawn_product`` of :ref:`sparse johnson-lindenstrauss` against ``visited_product``.
 #
@@ -480,7 +469,7 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #    1. A call for each feature chooses its component and its sign, and ``atomic_add`` adds the
 #       feature to that component. On average the squared length stays the same, so nothing is
-#       scaled. Its variance is that of a projection with density 1, by the formula above,
+#       scaled. The variance is that of a projection with density 1, by the formula above,
 #       :math:`\frac{2}{k} \left(1 - \sum_j x_j^4 / {|x|}^4\right)`, though each row has a single
 #       entry.
 #
@@ -512,14 +501,14 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #          R = count_sketch(torch.eye(500, device=DEVICE), 20, 5)
 #          assert (R.abs().sum(1) == 1).all() and (R.abs().amax(1) == 1).all()
-#          # A share of n decisions strays by five deviations once in a million.
+#          # More than five standard deviations: once in a million.
 #          assert abs((R > 0).sum() / 500 - 1 / 2) < 5 * math.sqrt(1 / 4 / 500)
 #          assert ((R != 0).sum(0) / 500 - 1 / 20).abs().max() < 5 * math.sqrt(19 / 400 / 500)
 #
 #    2. Drawing every entry takes the same time at any density. The time of visiting grows with the
-#       density. It also begins anew for every 64 vectors, while drawing keeps sums for 256. For one
-#       vector most of each load stays empty. So expect the density at which you should change to be
-#       low for 1 vector, higher for 64, and lower again for 1024.
+#       density. Visiting also starts again for every 64 vectors, and drawing only for every 256.
+#       For one vector most of each load stays empty. So the density from which on drawing is faster
+#       should be low for 1 vector, higher for 64, and lower again for 1024.
 #
 # References
 # ----------
