@@ -97,8 +97,8 @@ def generator_mask(seed, width):
 # ``sizes``, ``places`` and ``strides`` say, for each dimension but the last, its size in the block,
 # and how far apart neighbours are in the whole tensor and in memory.
 #
-# Four places share a call of Philox. A thread loads a group of ``GROUP`` neighbours at a time, of
-# 16 bytes: in bfloat16 there are eight, which take two calls. If a row begins in the middle of four
+# Four places share a call of Philox. A thread loads ``GROUP`` neighbours at a time, 16 bytes (32 in
+# float64): in bfloat16 there are eight, which take two calls. If a row begins in the middle of four
 # places, so do its groups, and each takes one call more. The thread collects the decisions as bits
 # of one integer, and shifts out those of places before the group. Each ``tl.interleave`` then
 # doubles the number of elements: one copy of the bits stays as it is, the other is shifted. At the
@@ -258,7 +258,7 @@ if __name__ == "__main__":
 # Only the last way draws the same mask for all numbers of ranks. Now we cut blocks at awkward
 # places out of a tensor of three dimensions. Each has to equal the same piece of the whole result,
 # bit for bit. Then comes a block of a tensor of 2^45 elements. The whole tensor would fit on no
-# GPU. The right half of the block, drawn alone, has to be the same again.
+# GPU. The right part of the block, drawn alone, has to be the same again.
 
 if __name__ == "__main__":
     shape = [6, 7, 13]
@@ -334,18 +334,19 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Large blocks of rows or columns are about as fast as the copy, except in bfloat16 on an H200,
-# which has the arithmetic of an H100 and faster memory: there they reach about seven eighths of it.
-# Odd columns need more arithmetic: eight elements of bfloat16 take three calls of Philox instead of
-# two, and four elements of float32 take two instead of one. The loss is largest in bfloat16, but
-# large blocks are still faster than ``F.dropout``, on an H200 only just. On the left all lines are
-# low, because there starting and ending a kernel takes longer than the work.
+# which has the arithmetic of an H100 and faster memory: there they reach about seven eighths of the
+# copy's speed. Odd columns need more arithmetic: eight elements of bfloat16 take three calls of
+# Philox instead of two, and four elements of float32 take two instead of one. The loss is largest
+# in bfloat16, but large blocks are still faster than ``F.dropout``, though only slightly on an
+# H200. On the left all lines are low, because there starting and ending a kernel takes longer than
+# the work.
 #
 # As a public function
 # --------------------
 #
-# ``block_dropout`` checks its arguments and has a gradient, as :ref:`operators` explains: the same
-# mask, drawn again, for the incoming gradient. The next lesson, :ref:`sharded dropout`, takes the
-# shape and the offsets from a ``DTensor``.
+# ``block_dropout`` checks its arguments and has a gradient (see :ref:`operators`): it draws the
+# same mask again and applies it to the incoming gradient. The next lesson, :ref:`sharded dropout`,
+# takes the shape and the offsets from a ``DTensor``.
 
 import math
 import numbers

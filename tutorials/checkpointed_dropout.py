@@ -98,7 +98,7 @@ if __name__ == "__main__":
 def replays(function, *inputs, **options):
     """Whether ``function(*inputs)``, a tensor, is the same when ``checkpoint`` runs it again."""
     outputs = []
-    scale = torch.ones((), device="cpu", requires_grad=True)  # saves no GPU's state
+    scale = torch.ones((), device="cpu", requires_grad=True)  # so no GPU's state is saved
 
     def recorded(scale, *inputs):
         outputs.append(function(*inputs))

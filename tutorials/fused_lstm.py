@@ -7,8 +7,8 @@ A fused LSTM: the step as one kernel
 You write the step of an LSTM as one kernel, with recurrent dropout inside. Recurrent dropout masks
 the *state*, which each step hands to the next, so it belongs inside the loop over time. cuDNN,
 NVIDIA's library behind ``torch.nn.LSTM``, has no place for it there, so Keras and others fall back
-on a loop of small operators. Here you keep the loop, but with only two launches a step, forward and
-backward, and you measure what slows it down.
+on a loop of small operators. Here you keep the loop, but with only two launches a step in each
+pass, and you measure what slows it down.
 
 You will learn
 
@@ -58,8 +58,8 @@ if __name__ == "__main__":
 #
 # At step t, an LSTM computes four *gates* from the input :math:`x_t` and the state :math:`h_{t-1}`,
 # its output one step before. With them it updates its memory, the *cell* :math:`c_t`. Each gate, c
-# and h have one number for each of H *units*. W, U and b hold the four gates one after another, and
-# σ is the sigmoid:
+# and h have one number for each of H *units*. W, U and b hold the parameters of the four gates, one
+# gate after another, and σ is the sigmoid:
 #
 # .. math::
 #
@@ -119,8 +119,8 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # One kernel for a step
 # ---------------------
 #
-# This is what the kernel of a step reads and writes. A gate's *argument* is the sum inside its σ or
-# tanh:
+# A gate's *argument* is the sum inside its σ or tanh. This is what the kernel of a step reads and
+# writes:
 #
 # .. image:: /_static/lstm_buffers.svg
 #    :alt: Step t reads row t of c and the gates' arguments. It writes row t + 1 of h and c, the gates' values in the place of their arguments, and the masked state, which the product with U adds to the arguments of step t + 1.
@@ -136,7 +136,7 @@ def lstm_loop(x, weight_ih, weight_hh, bias, h, c, input_masks, state_masks):
 # Sequences may differ in length: after the end of a sequence, no unit is active, and the kernel
 # takes 0 for c and the gates' arguments.
 #
-# An argument t that is 1 or a multiple of 16 would make Triton compile the kernel once more;
+# A step number t of 1 or a multiple of 16 would make Triton compile the kernel once more;
 # ``do_not_specialize`` prevents that. The compiler unrolls the loop over ``tl.static_range``.
 
 
@@ -402,10 +402,9 @@ if __name__ == "__main__" and not INTERPRET:
         print(f"captured, the steps take {ratio:.2f} times as long as the products")
 
 # %%
-# Where a dotted line is flat, it shows the CPU's time. Fewer launches a step make the loop faster,
-# but where its dotted line is flat, too, launching still takes most of the time. A graph is one way
-# out, but it takes inputs of one shape only. Another is to launch once for all steps:
-# :ref:`sequence lstm`.
+# Where a dotted line is flat, it shows the CPU's time. Fewer launches make the loop faster, but
+# where our dotted line is flat, launching still takes most of the time. A graph is one way out, but
+# it takes inputs of one shape only. Another is to launch once for all steps: :ref:`sequence lstm`.
 #
 # Exercises
 # ---------
@@ -420,8 +419,8 @@ if __name__ == "__main__" and not INTERPRET:
 #
 #    1. Row t for the state before step t. Step t writes the masked state for step t + 1, and its
 #       backward pass gets the gradient of that, so both read row t + 1. The masks now take as much
-#       memory as all states. A kernel that draws them from a seed, as in :ref:`seeded dropout`,
-#       would need none.
+#       memory as all masked states. A kernel that draws them from a seed, as in
+#       :ref:`seeded dropout`, would need none.
 #
 #       .. code-block:: diff
 #

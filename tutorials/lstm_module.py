@@ -328,7 +328,8 @@ def launch_sequence_backward(dh, dc, gates, weight, h, c, lengths, masks, early=
 # A custom operator makes each launch known to ``torch.compile``, and a ``torch.autograd.Function``
 # to autograd, as in :ref:`operators`. The backward pass has a ``Function`` of its own, so that a
 # second derivative is an error and not silently wrong. The module has the parameters and results of
-# ``torch.nn.LSTM``, so a state dict fits both. The rates are Keras's.
+# ``torch.nn.LSTM``, so a state dict fits both. ``dropout`` and ``recurrent_dropout`` mean what they
+# do in Keras.
 
 import gc
 import numbers
@@ -582,9 +583,9 @@ if __name__ == "__main__" and not INTERPRET:
 # We take the size of AWD-LSTM's layers (70 steps, batch 80, 400 inputs, about 1150 units), and long
 # sequences (1024 steps, batch 16). We time both passes together, with implementation 2. cuDNN's
 # LSTM drops nothing of its state. Both modules are captured in the same way (solid), and also
-# called as usual (dotted). The dashed line is the matrix products alone, step by step, captured.
-# TF32 rounds the inputs of float32 products to fewer bits. cuDNN's LSTM uses it by default, and
-# ours if PyTorch's products do. Here we switch it on for all.
+# called as usual (dotted). The dashed line is the matrix products alone, those with U step by step,
+# captured. TF32 rounds the inputs of float32 products to fewer bits. cuDNN's LSTM uses it by
+# default, and ours if PyTorch's products do. Here we switch it on for all.
 
 
 def products_of(n_units, like, n_steps, batch):  # of a forward and a backward pass
@@ -647,17 +648,17 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # Where a ratio is below 1, our LSTM, with recurrent dropout, is faster than cuDNN's without. If
 # both are captured, only the GPU's time counts. On an H100 and an H200, ours is then faster at 256
-# and 512 units in all three figures, and up to 1152 units in float32 and with 1024 steps. With 80
-# sequences in bfloat16, cuDNN is faster from 1024 units on, except at 1150, where cuDNN is slow. At
-# these sizes our backward pass is limited by its bytes: each program reads the gradients of all
-# four gates of all units. If both are called, the CPU's time counts as well, and cuDNN is faster
-# only at 2048 units in bfloat16 with 80 sequences. Where the dotted lines are flat, they show what
-# the CPU does, and not which kernel is better.
+# and 512 units in all three figures, and up to 1152 units in two of them: float32, and 1024 steps.
+# With 80 sequences in bfloat16, cuDNN is faster from 1024 units on, except at 1150, where cuDNN is
+# slow. At these sizes our backward pass is limited by its bytes: each program reads the gradients
+# of all four gates of all units. If both are called, the CPU's time counts as well, and cuDNN is
+# faster only at 2048 units in bfloat16 with 80 sequences. Where the dotted lines are flat, they
+# show what the CPU does, and not which kernel is better.
 #
-# In the forward kernel, implementation 1 multiplies each of its four masked states by the columns
-# of all gates: four times the products that it needs. FlashRNN has such an LSTM in CUDA, without
-# recurrent dropout. In its authors' figure, not measured here, cuDNN is faster than FlashRNN at 768
-# units.
+# In the forward kernel, implementation 1 multiplies each of its four masked states by all columns,
+# with 0 in those of the other gates, so it does four times the work that is needed. FlashRNN runs a
+# whole LSTM sequence in CUDA, without recurrent dropout. In its authors' figure, not measured here,
+# cuDNN is faster than FlashRNN at 768 units.
 #
 # Exercises
 # ---------

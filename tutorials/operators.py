@@ -158,7 +158,7 @@ custom.register_autograd(
 # inside. It sees the allocation and the launch, which ``wrap_triton`` marks. A fake version is not
 # needed, because the compiler runs the function itself with fake tensors. But PyTorch 2.11 can't
 # compile a launch with an integer of more than 31 bits. So ``numbers`` makes the threshold a signed
-# number, and with a large seed compiling ``traced`` is an error.
+# number, and compiling ``traced`` with a large seed fails.
 
 
 @torch.library.triton_op("operators_lesson::traced", mutates_args=())
@@ -177,10 +177,10 @@ traced.register_autograd(
 )
 
 # %%
-# Both fill in a table from which PyTorch's dispatcher takes its functions: one for each device ("CUDA"
-# stands for AMD's GPUs, too), one for shapes ("Meta"), one for autograd. With
-# ``torch.library.Library`` you fill it in yourself, and skip the checks that the two make on every
-# call.
+# ``custom_op`` and ``triton_op`` fill in a table from which PyTorch's dispatcher takes its
+# functions: one for each device ("CUDA" stands for AMD's GPUs, too), one for shapes ("Meta"), one
+# for autograd. With ``torch.library.Library`` you fill it in yourself, and skip the checks that the
+# two make on every call.
 
 library = torch.library.Library("operators_lesson", "FRAGMENT")
 library.define("listed(Tensor x, float p, int seed) -> Tensor")
@@ -206,8 +206,8 @@ torch.library.register_autograd(
 # This ``Function`` has a third method, ``setup_context``, which keeps what ``backward`` needs. With
 # it, ``torch.func.grad`` works as well. But then ``Both.apply`` is slow: it looks up the names of
 # ``forward``'s arguments on every call. The ``apply`` that ``torch.autograd.Function`` itself
-# inherits does not. It is enough unless a compiler or a transform of ``torch.func`` is at work.
-# (This goes below PyTorch's public interface, so test it with each new version.)
+# inherits skips this lookup. It is enough unless a compiler or a transform of ``torch.func`` is at
+# work. (This goes below PyTorch's public interface, so test it with each new version.)
 
 
 class Both(torch.autograd.Function):
@@ -248,7 +248,7 @@ WAYS = {
 # -----------
 #
 # Try it. Each function takes one of the ways as ``call`` and uses it. Most compare the result with
-# the bare launch. ``fullgraph=True`` makes a graph break an error.
+# the bare launch. ``fullgraph=True`` turns a graph break into an error.
 
 
 def gradient(call):
@@ -345,10 +345,10 @@ if __name__ == "__main__":
 # %%
 # Look for ``NO`` first. An error can be read and mended; a silently wrong result is found months
 # later. Forward mode computes derivatives together with the function, from inputs to outputs. The
-# three ways through the dispatcher lose them silently, because ``register_autograd`` is for the
-# backward direction only, and so does the bare launch. A ``Function`` without a method ``jvp``
-# raises an error. (The bare launch raises one in the row "gradient", because nothing else there
-# requires a gradient. In a network with other layers it would be silent.)
+# bare launch and the three ways through the dispatcher lose them silently. (``register_autograd``
+# is for the backward direction only.) A ``Function`` without a method ``jvp`` raises an error. (The
+# bare launch raises one in the row "gradient", because nothing else there requires a gradient. In a
+# network with other layers it would be silent.)
 #
 # ``torch.func.grad`` works only for the ``Function`` with ``setup_context``. ``vmap`` works for the
 # three operators because PyTorch falls back to a loop over the rows. The loop is slow, and every row gets the same
@@ -368,9 +368,9 @@ if __name__ == "__main__":
 # ----------------------
 #
 # The CPU asks the GPU to run a kernel, and goes on without waiting for it. If the CPU takes longer
-# to ask than the GPU takes to run, the GPU waits: the program is *CPU-bound*. So call each way many
-# times in a row, on small and on large tensors, and let a clock run until the GPU is done. The
-# limit, "the GPU alone", is the kernel's time from ``do_bench``.
+# to ask than the GPU takes to run, the GPU waits: the program is *CPU-bound*. So call a way many
+# times in a row, and let a clock run until the GPU is done. The limit, "the GPU alone", is the
+# kernel's time from ``do_bench``.
 
 
 def microseconds(call, x):
@@ -464,7 +464,7 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Each extra kernel is a trip to memory and back. Between element-wise operators on large tensors
-# these trips can cost more than a better kernel saves. Then put the neighbours into your kernel.
+# these trips can cost more than a better kernel saves. Then put these operators into your kernel.
 #
 # Which way when
 # --------------
@@ -484,7 +484,7 @@ if __name__ == "__main__" and not INTERPRET:
 # To use a function of this course in a project of your own:
 #
 # 1. Copy the lesson's file into your package, together with the licence (MIT). Importing it defines
-#    functions and does nothing else.
+#    and registers functions, and runs no kernel.
 # 2. Call the public function, the one under *As a public function*. It checks its arguments and takes
 #    any strides. It launches on the GPU that holds its input and on your current stream.
 # 3. Change the ``fast_and_right`` in the operators' names to the name of your package, because a name
@@ -495,8 +495,8 @@ if __name__ == "__main__" and not INTERPRET:
 # ---------
 #
 # 1. Give ``Both`` the method ``jvp``, so that forward mode works. Which check fails now?
-# 2. In ``gradient``, the incoming gradient is an expanded 1. Write a check with a transposed one as
-#    well. Which line of ``bare`` makes it right?
+# 2. In ``gradient``, the incoming gradient is an expanded 1. Write a check with a transposed
+#    gradient as well. Which line of ``bare`` makes it right?
 #
 # .. note::
 #    Try it first.

@@ -133,8 +133,8 @@ def launch_all_steps(kernel, tiles, h, G, *tensors, early=0):
 # The forward pass kept h, c and the values of the gates i, f, g, o of each step. Write
 # :math:`\delta_t` for the gradients of the gates' arguments (the sums inside σ and tanh) at step t,
 # four numbers a unit, and :math:`h'_t` and :math:`c'_t` for the gradients of h and c. The kernel is
-# given ``dh`` and ``dc``, what the outputs add to these. With the mask :math:`m` on the state, and
-# all gates at step t if nothing else is written, the chain rule gives:
+# given ``dh`` and ``dc``, the parts of these that come from the outputs. With the mask :math:`m` on
+# the state, and gates without an index taken at step t, the chain rule gives:
 #
 # .. math::
 #
@@ -173,8 +173,8 @@ def launch_all_steps(kernel, tiles, h, G, *tensors, early=0):
 # ----------
 #
 # The kernel is built like the forward kernel: before ``wait`` it loads what depends on no other
-# program. This time the others read all that a step stores, so no store comes after ``arrive``. A
-# mask's product takes only the ``width`` numbers of :math:`\delta` that its gates have.
+# program. This time the others read all that a step stores, so no store comes after ``arrive``. The
+# product for one mask uses only the ``width`` numbers of :math:`\delta` that belong to its gates.
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
@@ -375,9 +375,10 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # Compare the printed rates with those of the forward pass. At 1024 and 1152 units, on an H100 and
-# on an H200, the two passes differ by less than a tenth, so the bytes predict the time. At 2048
-# units a step takes about a quarter longer than predicted. The large product, which is in both
-# lines, explains part of that. As in the forward pass, the programs hardly wait for each other.
+# on an H200, the two rates differ by less than a tenth, so the bytes predict the time. At 2048
+# units a step takes about a quarter longer than predicted. The large product, which both of our
+# lines include, explains part of that. As in the forward pass, the programs hardly wait for each
+# other.
 #
 # Could the kernel read less? A program that kept its columns of U on the chip would read only
 # :math:`\delta`. Persistent kernels in CUDA do that (see the references). Triton has no way to keep
@@ -412,5 +413,5 @@ if __name__ == "__main__" and not INTERPRET:
 #   1990.
 # - G. Diamos et al., `Persistent RNNs: stashing recurrent weights on-chip <https://proceedings.mlr.press/v48/diamos16.html>`_,
 #   2016.
-# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_,
+# - J. Appleyard, T. Kočiský and P. Blunsom, `Optimizing performance of recurrent neural networks on GPUs <https://arxiv.org/abs/1604.01946>`_,
 #   2016.

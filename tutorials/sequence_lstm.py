@@ -53,7 +53,8 @@ if __name__ == "__main__":
 # Repeated
 # --------
 #
-# The one function of :ref:`fused lstm` that this lesson needs, so that its notebook runs alone.
+# This is the one function of :ref:`fused lstm` that this lesson needs, so that its notebook runs
+# alone.
 
 import gc
 
@@ -114,7 +115,7 @@ def wait(arrived_ptr, n_arrivals):
 # reads the new count with ``acquire``, then the second also sees everything that the first stored
 # before.
 #
-# Can this hang? Yes, if the waiting programs fill the GPU, and the one that they wait for can't
+# It would hang if the waiting programs filled the GPU, and the one that they wait for couldn't
 # start. So all programs of a launch must be on the GPU at the same time. A *cooperative launch*
 # guarantees that: the GPU starts all of them, or refuses with an error. The option is
 # ``launch_cooperative_grid``. (In Triton's interpreter one program takes all units, and waits for
@@ -139,9 +140,9 @@ def wait(arrived_ptr, n_arrivals):
 # came from the input *before* it waits, and it arrives *before* it stores what no other program
 # waits for.
 #
-# A block has a power of two of rows, ``ROWS``, and the program's sequences are its first ``rows``.
-# Column 4u + j of the block of U holds gate j of unit u, so one product does all gates. After it,
-# ``tl.split`` halves the last axis: first it separates gates 0 and 2 from 1 and 3.
+# The number of rows in a block, ``ROWS``, is a power of two, and the program's sequences are its
+# first ``rows``. Column 4u + j of the block of U holds gate j of unit u, so one product does all
+# gates. After it, ``tl.split`` halves the last axis: first it separates gates 0 and 2 from 1 and 3.
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_sequences", "rows", "first_block"])
@@ -395,15 +396,15 @@ if __name__ == "__main__" and not INTERPRET:
         print(f" read at {n_bytes / busy / 1e6:.1f} TB/s if nobody waits")
 
 # %%
-# The dotted line is close to the solid one, so the programs hardly wait for each other. The barrier
-# alone takes longer than the difference, because most of it is the way to L2 and back, and the
-# dotted line contains that, too. With few units this is a large part of a step. With many units the
-# bytes count: they grow with the square of the units.
+# The dotted line is close to the solid line of its colour, so the programs hardly wait for each
+# other. The barrier alone takes longer than the difference, because most of it is the way to L2 and
+# back, and the dotted line contains that, too. With few units this is a large part of a step. With
+# many units the bytes count: they grow with the square of the units.
 #
-# Then compare the whole sequence with the products alone, one launch a step. On an H100 and an H200,
-# up to 256 units, a whole step takes no longer than its product, because even in a graph each
-# launch takes time. With 512 units or more, PyTorch's products are faster. The backward pass is the
-# same loop from the end: :ref:`sequence backward`.
+# Then compare the whole sequence with the products alone, one launch a step. On an H100 and an
+# H200, up to 256 units, a whole step takes no longer than PyTorch's product alone, which pays for a
+# launch in every step, even in a graph. With 512 units or more, PyTorch's products are faster. The
+# backward pass is the same loop from the end: :ref:`sequence backward`.
 #
 # Exercises
 # ---------
@@ -454,7 +455,7 @@ if __name__ == "__main__" and not INTERPRET:
 # References
 # ----------
 #
-# - J. Appleyard, T. Kociský and P. Blunsom, `Optimizing performance of recurrent neural networks on
+# - J. Appleyard, T. Kočiský and P. Blunsom, `Optimizing performance of recurrent neural networks on
 #   GPUs <https://arxiv.org/abs/1604.01946>`_, 2016: how cuDNN's LSTM became fast.
 # - G. Diamos et al., `Persistent RNNs: stashing recurrent weights on-chip <https://proceedings.mlr.press/v48/diamos16.html>`_,
 #   2016.

@@ -4,10 +4,10 @@
 Dropout on real ranks
 =====================
 
-A model can draw the same dropout masks whether it runs on one GPU, on two or on four. In this lesson
-you write dropout for ``DTensor``, PyTorch's tensor that is divided among *ranks*, the processes that
-train together. They don't communicate for it. Then you train a small model on four processes,
-stop it, and resume it on two.
+A model can draw the same dropout masks whether it runs on one GPU, on two or on four. In this
+lesson you write dropout for ``DTensor``, PyTorch's tensor that is divided among *ranks*, the
+processes that train together. They don't communicate to draw the masks. Then you train a small
+model on four processes, stop it, and resume it on two.
 
 You will learn
 
@@ -54,9 +54,9 @@ if __name__ == "__main__":
 # Dropout of a block, again
 # -------------------------
 #
-# These are the kernel and the launch of :ref:`block dropout`: ``x`` is a block of a tensor of shape
-# ``shape`` that begins at ``offsets``, and its mask is that of the whole tensor, cut to the block.
-# ``BlockDropout`` adds the gradient.
+# These are the kernel and the launch of :ref:`block dropout`: ``x`` is the block that begins at
+# ``offsets`` in a tensor of shape ``shape``, and its mask is that of the whole tensor, cut to the
+# block. ``BlockDropout`` adds the gradient.
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def launch_block_dropout(
     n_rows = x.numel() // n_cols
     sizes, places, strides = zip(*outer, strict=True) if outer else ((1,), (0,), (0,))
     ALIGNED = all(place % 4 == 0 for place in (first, *places))
-    GROUP = max(16 // x.element_size(), 4)  # a thread loads 16 bytes at a time
+    GROUP = max(16 // x.element_size(), 4)  # a thread loads 16 bytes, or 4 places
     BLOCK = 2048 // x.element_size()
     COLS = min(max(triton.next_power_of_2(n_cols), GROUP), BLOCK)
     ROWS = BLOCK // COLS
@@ -167,15 +167,16 @@ class BlockDropout(torch.autograd.Function):
 #
 # The ranks of a ``DTensor`` form a *mesh*, a grid in which each rank has a coordinate along each
 # dimension. For each dimension of the mesh there is a *placement*. ``Shard(d)`` divides dimension d
-# of the tensor among the ranks along that dimension of the mesh, ``Replicate()`` gives each of them
-# all of it, and ``Partial()`` says that they hold summands that have not been added yet.
+# of the tensor among the ranks along that dimension of the mesh, ``Replicate()`` gives each of
+# these ranks the whole tensor, and ``Partial()`` says that they hold summands that have not been
+# added yet.
 #
 # So a rank can compute alone which block it holds: it begins with the whole tensor and cuts off
 # what others hold, once for each ``Shard``. The shards are as large as those of ``torch.chunk``, so
 # the last ones may be smaller, or empty. FSDP, PyTorch's way to divide the weights among ranks to
 # save memory, can divide a dimension that is divided already. Its placement, a *strided* shard,
-# comes first in the list, but has to be applied last. Its ``split_factor`` says into how many parts
-# the other placements divide the dimension.
+# comes first, but has to be applied last. Its ``split_factor`` says into how many parts the other
+# placements divide the dimension.
 
 import functools
 import math
@@ -312,8 +313,8 @@ if __name__ == "__main__":
 # them. The second is divided by rows, so its results are sums over the ranks, and adding them up is
 # the only communication of the forward pass. A second dropout acts on the sums, which every rank
 # holds as a whole. At the end the worker saves the weights, and the next run starts from them, on
-# any number of ranks. The seeds, two for each step, depend on the step alone, so it goes on with
-# the masks that the first run would have drawn.
+# any number of ranks. The seeds, two for each step, depend on the step alone, so the next run goes
+# on with the masks that the first would have drawn.
 #
 # .. image:: /_static/sharded_layers.svg
 #    :alt: Two ranks side by side. Each has all of x, some columns of the first weight, some hidden units with their part of one mask, and some rows of the second weight. The results are summed over the ranks, the only communication; then both draw the same mask.
@@ -417,18 +418,19 @@ if __name__ == "__main__":
 # %%
 # The losses agree to all the digits that are printed. They need not agree to the last bit, because
 # each rank adds up its part of ``hidden @ down`` before the parts are added, and a single rank adds
-# in another order. The masks do agree to the last bit. So a larger difference than rounding is a
+# in another order. The masks do agree to the last bit. So a difference larger than rounding is a
 # bug.
 #
-# On two H100, ``sharded_dropout`` is as fast as a copy. The site's page *Benchmarks* has the table.
+# On two GPUs, both an H100, ``sharded_dropout`` is as fast as a copy. The page *Benchmarks* has the
+# table.
 #
 # Sixteen thousand ranks
 # ----------------------
 #
 # Large runs divide a tensor along several dimensions. Here is one of 2^39 elements on a mesh of 64
 # x 16 x 16 ranks, divided by samples, by steps of the sequence and by features. We compute the
-# blocks of two thousand random ranks, and compare each pair of blocks. Two blocks have an element
-# in common only if they overlap along every dimension.
+# blocks of two thousand random ranks, and compare each pair. Two blocks have an element in common
+# only if they overlap along every dimension.
 
 if __name__ == "__main__":
     import random
@@ -474,8 +476,8 @@ if __name__ == "__main__":
 #              if seeds[0] != -seeds[1]:
 #                  raise ValueError("the ranks have different seeds")
 #
-#    2. The mesh gets a second dimension, and ``x`` and ``target`` are divided along it by rows. The
-#       weights are replicated along it. Both lines with a dropout, and the one with the gradients,
+#    2. The mesh gets a new first dimension. The rows of ``x`` and ``target`` are divided along it,
+#       and the weights are replicated. Both lines with a dropout, and the one with the gradients,
 #       stay as they are. The number of ranks must be even.
 #
 #       .. code-block:: diff

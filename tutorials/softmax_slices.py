@@ -4,8 +4,8 @@
 Softmax of rows that no program can hold
 ========================================
 
-You write a softmax for very wide rows, which come from memory only once if the GPU's cache can hold
-a row. A row of much more than 64 KiB does not fit into the registers of one program, so several
+You write a softmax for very wide rows. If the GPU's cache can hold a row, it comes from memory only
+once. A row of much more than 64 KiB does not fit into the registers of one program, so several
 programs share it: each takes a slice, and writes down what the others need.
 
 You will learn
@@ -217,8 +217,8 @@ def slice_softmax_kernel(
 
 
 # %%
-# In the launch, a slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of
-# slices in a row, plus as many as fit into ``lag_bytes``. These sizes were the best on an H100.
+# A slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of slices in a row,
+# plus as many as fit into ``lag_bytes``. These sizes were the best on an H100.
 
 LAG_BYTES = 5 * 2**20
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
@@ -302,8 +302,8 @@ def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # Is it right?
 # ------------
 #
-# 20001 columns make five slices, and the last is not full. Some slices of the first row are all
-# ``-inf``.
+# 20001 columns make five slices, or three in the backward pass. The last is not full. Some slices
+# of the first row are all ``-inf``.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -320,7 +320,7 @@ if __name__ == "__main__":
 # --------------------
 #
 # If the lag is short, programs often wait for numbers. If it is long, the older slice has left the
-# cache. So the count predicts two thirds of the copy's speed at the right end of the figure:
+# cache. So at the right end we expect two thirds of the copy's speed, from :math:`3MN`:
 
 
 def speed_of(run, n_bytes):
@@ -416,7 +416,7 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
-# they stay well below the copy. On an H100 the slices come close to the copy in float32, except
+# they stay well below the copy. On an H100 the slices come close to the limit in float32, except
 # backward at 2^20 columns, and reach about nine tenths of it in bfloat16. On an H200, whose memory
 # is faster, they reach about four fifths in float32 and three quarters in bfloat16. Up to 262144
 # columns, QuACK's forward pass is at most a tenth slower than the copy. It gives each row to a

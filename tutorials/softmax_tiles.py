@@ -82,16 +82,17 @@ if __name__ == "__main__":
 # one. ``whole_vectors`` divides by ``VECTOR``, a ``tl.constexpr``, and multiplies again. So the
 # compiler is certain that the results are multiples of it.
 #
-# ``EDGES`` is the size of the block for the edges, and 0 if there are none. Tiles of several rows
-# have none, but take a smaller ``VECTOR``, which divides the width.
+# ``EDGES`` is the size of the block for the edges, and 0 if there are none. Other tiles take a
+# smaller ``VECTOR``, which divides the width and the gap.
 #
 # The kernel
 # ----------
 #
-# The maximum and the sum run along axis 1, and ``keep_dims`` leaves a column, as ``keepdim`` does
-# in PyTorch. A function that a kernel calls is marked with ``triton.jit``, too. The stride is
+# The maximum and the sum run along axis 1, and ``keep_dims`` leaves a column, as PyTorch's
+# ``keepdim`` does. A function that a kernel calls is marked with ``triton.jit``, too. The stride is
 # ``n_cols`` in the output. It can be larger in the input, as when you cut columns off a matrix, and
-# ``gap`` is the difference, which the launch divides by ``VECTOR`` for the same reason.
+# ``gap`` is the difference. The launch divides it by ``VECTOR``, so the compiler knows its
+# alignment.
 
 
 @triton.jit
@@ -102,7 +103,7 @@ def to_arithmetic(x):
 
 @triton.jit
 def whole_vectors(rows, n_cols, VECTOR: tl.constexpr, EDGES: tl.constexpr):
-    """Where each row's whole vectors begin in the output, and how many elements they have."""
+    """Where each row's whole vectors begin in the output, and how long they are."""
     whole = n_cols // VECTOR * VECTOR
     begin = rows * whole
     if EDGES:
@@ -114,7 +115,7 @@ def whole_vectors(rows, n_cols, VECTOR: tl.constexpr, EDGES: tl.constexpr):
 
 @triton.jit
 def edges_at(row, n_cols, EDGES: tl.constexpr):
-    """Positions and mask of the elements before and behind the whole vectors of a row."""
+    """Positions and mask of the elements before and after the whole vectors of a row."""
     VECTOR: tl.constexpr = EDGES // 2
     start = row * n_cols
     head = ((VECTOR - start % VECTOR) % VECTOR).to(tl.int32)
@@ -171,12 +172,12 @@ def tile_softmax_kernel(
 # Launch it
 # ---------
 #
-# A tile has 4096 elements. We found this size by measuring: of larger tiles, fewer fit into a
-# multiprocessor's registers, and smaller ones spend more time on starting. A longer row is cut into
-# *pieces* of 1024 columns. The size of a block is a power of two, so a row of 5000 columns as one
-# block would take 8192 elements, two fifths of them for nothing. Five pieces have only 5120. In the
-# kernel, ``pieces`` is a tuple, and the compiler unrolls each loop over ``tl.static_range``, so all
-# pieces stay in registers.
+# A tile of short rows has 4096 elements, the best size that we measured: fewer large tiles fit into
+# a multiprocessor's registers, and small ones spend more time on starting. A longer row is cut into
+# *pieces* of 1024 columns. As one block, a row of 5000 columns would take 8192 elements, a power of
+# two, two fifths of them for nothing. Five pieces have only 5120. In the kernel, ``pieces`` is a
+# tuple, and the compiler unrolls each loop over ``tl.static_range``, so all pieces stay in
+# registers.
 #
 # A transposed matrix is copied, because neighbours in its rows are not neighbours in memory.
 
@@ -308,9 +309,9 @@ if __name__ == "__main__":
 # Is it fast?
 # -----------
 #
-# All matrices have 2^28 elements. "One row a program" is the same kernel without tiles, pieces and
-# whole vectors. A copy is the limit. Liger and QuACK, two libraries of kernels, are shown if they
-# are installed. (QuACK refuses 12161 columns.)
+# All matrices have 2^28 elements. "One row a program" is this kernel without tiles, pieces and
+# whole vectors. The limit is a copy, or an addition in the backward pass. Liger and QuACK, two
+# libraries of kernels, are shown if they are installed. (QuACK refuses 12161 columns.)
 
 from importlib import import_module
 

@@ -109,10 +109,10 @@ if __name__ == "__main__":
 # ----------
 #
 # A program has 16 components, and draws eight gaps of each at a time, until the slowest component
-# is at the end of the chunk. ``tl.cumsum`` adds up the gaps, each with 1 for its nonzero entry:
-# these are the positions. At each of them the program loads one feature of up to 64 vectors, so its
-# tile has the axes component, gap and vector. The 64 numbers should be neighbours in memory, so the
-# launch transposes x first.
+# is at the end of the chunk. ``tl.cumsum`` adds up the gaps, each with 1 for its nonzero entry, and
+# these sums are the positions. At each position the program loads one feature of up to 64 vectors,
+# so its tile has the axes component, gap and vector. The 64 numbers should be neighbours in memory,
+# so the launch transposes x first.
 #
 # With ``TRANSPOSED`` the product is with the transpose of R, from components to features, which the
 # backward pass needs. Then a program *adds* a component's value to each feature for which R has a
@@ -174,8 +174,8 @@ def visit_kernel(
 # ---------
 #
 # Without ``TRANSPOSED``, each program takes one or several chunks and stores their sum, and these
-# sums are added up afterwards. To keep the transposed copy small, a million features are projected
-# 64 vectors at a time.
+# sums are added up afterwards. To keep the transposed copy small, vectors of a million features are
+# projected 64 at a time.
 
 
 def launch_visit(x, n_out, seed, density, transposed):
@@ -338,9 +338,9 @@ if __name__ == "__main__" and not INTERPRET:
 # For one and for four vectors the stored CSR is far ahead: each load of the kernel has room for 64
 # vectors, and most of it stays empty. The kernel takes less time for 16 vectors than for one: if
 # the number of vectors is a multiple of 16, Triton knows that rows are aligned, and a thread loads
-# eight neighbours at once. From there on the kernel is ahead. But if your x already lies in
-# transposed order, CSR needs no copy, and the figure does not show that case. With drawing, you
-# don't have to make, keep or send a CSR matrix: others need only the seed.
+# eight neighbours at once. From there on the kernel is ahead. The figure does not show an x that is
+# already stored transposed, for which CSR needs no copy. With drawing, you don't have to make, keep
+# or send a CSR matrix: others need only the seed.
 #
 # The products with R and with its transpose need room for a transposed copy of their input and for
 # sums in float32. The one with the transpose takes longer, because atomics read and write memory
@@ -364,7 +364,7 @@ if __name__ == "__main__" and not INTERPRET:
 # --------------------
 #
 # This is the code of :ref:`sparse johnson-lindenstrauss`, with ``visited_product`` in place of
-# ``drawn_product``. New are the density "auto" and ``apply``, which saves CPU time.
+# ``drawn_product``. The density "auto" and ``apply`` are new; ``apply`` saves CPU time.
 
 import numbers
 
@@ -439,7 +439,7 @@ def visit(name, x, size, n_out, seed, density, transposed):
 def very_sparse_jl(x, n_components, seed, density="auto"):
     """Project vectors with a very sparse random matrix R that is drawn, not stored: x R.
 
-    As ``sparse_jl``, but the time grows with ``density``, and the matrix is another one.
+    Like ``sparse_jl``, but the time grows with ``density``, and the matrix is another one.
     ``density`` is from 2^-32 to 1; "auto" is 1 / sqrt(features), after Li, Hastie and Church.
     The result has the same bits in each run; its gradient may differ in the last bits.
     """
@@ -461,7 +461,7 @@ def very_sparse_jl_transpose(y, n_features, seed, density="auto"):
 # 1. A *count sketch* is sparser still: each feature goes to one component, chosen at random, with a
 #    random sign. Write ``count_sketch(x, n_components, seed)``, whose matrix has one entry of +1 or
 #    -1 in each row. What is the variance of :math:`|y|^2 / {|x|}^2`?
-# 2. From which density on is it faster to draw every entry, for 1, 64 and 1024 vectors? Time
+# 2. Above which density is it faster to draw every entry, for 1, 64 and 1024 vectors? Time
 #    ``drawn_product`` of :ref:`sparse johnson-lindenstrauss` against ``visited_product``.
 #
 # .. note::
@@ -507,7 +507,7 @@ def very_sparse_jl_transpose(y, n_features, seed, density="auto"):
 #
 #    2. Drawing every entry takes the same time at any density. The time of visiting grows with the
 #       density. Visiting also starts again for every 64 vectors, and drawing only for every 256.
-#       For one vector most of each load stays empty. So the density from which on drawing is faster
+#       For one vector most of each load stays empty. So the density above which drawing is faster
 #       should be low for 1 vector, higher for 64, and lower again for 1024.
 #
 # References
