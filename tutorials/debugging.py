@@ -50,8 +50,8 @@ if __name__ == "__main__":
         print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
-# A block that is no power of two
-# -------------------------------
+# A block that is not a power of two
+# ----------------------------------
 #
 # The first mistake is the friendliest, because the compiler refuses it. Here is a kernel that
 # copies a vector, launched with a block of 1000. Its last argument is a switch with which you will

@@ -228,10 +228,10 @@ if __name__ == "__main__":
     print(tabulate(rows, ["dtype", "multiple of 16", "PTX", "SASS"]))
 
 # %%
-# ``v4.b32`` are four words of 32 bits, and ``LDG.E.128`` is the same in SASS: a load of 128 bits. If
-# the width is no multiple of 16, bfloat16 needs eight instructions where one would do. That is why a
-# width of 5000 is slow in :ref:`fused softmax`, and why :ref:`softmax tiles` passes widths in
-# another form.
+# ``v4.b32`` are four words of 32 bits, and ``LDG.E.128`` is the same in SASS: a load of 128 bits.
+# If the width is not a multiple of 16, bfloat16 needs eight instructions where one would do. That
+# is why a width of 5000 is slow in :ref:`fused softmax`, and why :ref:`softmax tiles` passes widths
+# in another form.
 #
 # Other GPUs
 # ----------
