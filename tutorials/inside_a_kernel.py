@@ -269,6 +269,9 @@ if __name__ == "__main__":
     print(tabulate(rows, headers))
 
 # %%
+# The speed depends on the GPU. On an H100, all choices from 2 to 16 warps are about as fast as the
+# copy, and 32 are slower.
+#
 # ``triton.autotune`` automates the search. The first time that it meets a new value of the *key*,
 # here the width, it runs every configuration and keeps the fastest. The result is lost when the
 # process ends, unless you set ``TRITON_CACHE_AUTOTUNING=1``, which keeps it in Triton's folder,

@@ -1,8 +1,8 @@
 """
 .. _language model:
 
-A language model with all of them
-=================================
+A language model with dropout
+=============================
 
 You train a small language model with several kinds of dropout, alone and together, and find out
 which conclusions the result allows. The model is that of AWD-LSTM, and the text comes with Python,
