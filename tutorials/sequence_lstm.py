@@ -115,9 +115,9 @@ def wait(arrived_ptr, n_arrivals):
 # reads the new count with ``acquire``, then the second also sees everything that the first stored
 # before.
 #
-# It would hang if the waiting programs filled the GPU, and the one that they wait for couldn't
-# start. So all programs of a launch must be on the GPU at the same time. A *cooperative launch*
-# guarantees that: the GPU starts all of them, or refuses with an error. The option is
+# The barrier would hang if the waiting programs filled the GPU, and the one that they wait for
+# couldn't start. So all programs of a launch must be on the GPU at the same time. A *cooperative
+# launch* guarantees that: the GPU starts all of them, or refuses with an error. The option is
 # ``launch_cooperative_grid``. (In Triton's interpreter one program takes all units, and waits for
 # no other.)
 #
