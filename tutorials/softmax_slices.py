@@ -80,10 +80,10 @@ if __name__ == "__main__":
 # Wait for numbers that are not there yet
 # ---------------------------------------
 #
-# How does a program know whether a number has been written? Before the launch we fill ``stats``, the
-# memory for the numbers, with a mark: all bits set, which is -1 as an integer and a NaN as a
-# floating-point number. A program loads all numbers of its older slice's row until none is the mark.
-# Three details make that work:
+# How does a program know whether a number has been written? Before the launch we fill ``stats``,
+# the memory for the numbers, with a mark: all bits set, which is -1 as an integer and a NaN as a
+# floating-point number. A program loads all numbers of its older slice's row until none is the
+# mark. Three details matter:
 #
 # - A NaN is not equal to itself, so ``stats`` holds integers, and ``.to(..., bitcast=True)`` reads
 #   the same bits as another type.
@@ -101,8 +101,8 @@ if __name__ == "__main__":
 # So a program takes a *ticket* when it starts, in place of its ``program_id``: ``tl.atomic_add``
 # adds 1 to a counter in memory and returns what was there before, so no two programs get the same
 # number t. A row has at most ``lag`` slices, so a program waits only for slices with smaller
-# tickets, which belong to programs that have started already. These write their numbers before they
-# wait themselves, so every wait ends.
+# tickets, which belong to programs that have started. These write their numbers before they wait
+# themselves, so every wait ends.
 #
 # The kernel
 # ----------
@@ -218,7 +218,7 @@ def slice_softmax_kernel(
 
 # %%
 # A slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of slices in a row,
-# plus as many as fit into ``lag_bytes``. These sizes were the best on an H100.
+# plus as many as fit into ``lag_bytes``. These sizes were best on an H100.
 
 LAG_BYTES = 5 * 2**20
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
@@ -320,7 +320,7 @@ if __name__ == "__main__":
 # --------------------
 #
 # If the lag is short, programs often wait for numbers. If it is long, the older slice has left the
-# cache. So at the right end we expect two thirds of the copy's speed, from :math:`3MN`:
+# cache. So at the right end we expect two thirds of the copy's speed:
 
 
 def speed_of(run, n_bytes):
@@ -409,18 +409,19 @@ def benchmark(n_cols, dtype, line):
 if __name__ == "__main__" and not INTERPRET:
     tables = benchmark.run(show_plots=True, return_df=True)
     for mark, speed in zip(benchmark.benchmarks, tables, strict=True):
-        print(f"{mark.plot_name}:")
+        speed.columns = [name.removesuffix(" (GB/s)") for name in speed]
+        print(f"{mark.plot_name}, GB/s:")
         print(speed.dropna(axis=1, how="all").to_string(index=False, float_format="%.0f"))
         share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
         print(f"slices reach at least {share:.0%} of the limit\n")
 
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
-# they stay well below the copy. On an H100 the slices come close to the limit in float32, except
+# stay well below the copy. On an H100 the slices come close to the limit in float32, except
 # backward at 2^20 columns, and reach about nine tenths of it in bfloat16. On an H200, whose memory
 # is faster, they reach about four fifths in float32 and three quarters in bfloat16. Up to 262144
 # columns, QuACK's forward pass is at most a tenth slower than the copy. It gives each row to a
-# *cluster*, a group of programs that can reach each other's shared memory.
+# *cluster* of programs, which can reach each other's shared memory.
 #
 # As a public function
 # --------------------

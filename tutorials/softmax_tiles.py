@@ -385,14 +385,13 @@ def backward_benchmark(n_cols, dtype, line):
 
 
 if __name__ == "__main__" and not INTERPRET:
-    from tabulate import tabulate
-
-    layout = {"floatfmt": ".0f", "showindex": False, "maxheadercolwidths": 14}
     for mark in (benchmark, backward_benchmark):
         tables = mark.run(show_plots=True, return_df=True)
         for plot, speed in zip(mark.benchmarks, tables, strict=True):
-            print(f"{plot.plot_name}\n")
-            print(tabulate(speed.dropna(axis=1, how="all"), "keys", **layout))
+            speed.columns = [name.removesuffix(" (GB/s)") for name in speed]
+            shown = speed.dropna(axis=1, how="all")
+            print(f"{plot.plot_name}, GB/s:")
+            print(shown.to_string(index=False, float_format="%.0f"))
             share = speed.iloc[:, 1] / speed.iloc[:, -1]
             print(f"tiles reach at least {share.min():.0%} of the limit\n")
 
