@@ -58,11 +58,11 @@ def test_tables_of_a_gpu_fit_the_page(name, monkeypatch, capsys):
     kernel.__getitem__.return_value.return_value.n_spills = 0  # of a launch
     names = {**vars(lesson), "tabulate": tabulate.tabulate, "INTERPRET": False}
     names["microseconds"] = lambda *arguments: 1.5  # of the CPU, in one lesson
-    for name, value in names.items():
+    for key, value in names.items():
         if isinstance(value, triton.runtime.KernelInterface):
-            names[name] = kernel
+            names[key] = kernel
         if isinstance(value, triton.testing.Mark):
-            names[name] = Measured(value)
+            names[key] = Measured(value)
     for cell in cells:
         exec(cell, names)
     lines = capsys.readouterr().out.splitlines()

@@ -269,7 +269,7 @@ if __name__ == "__main__":
     print(tabulate(rows, headers))
 
 # %%
-# The speed depends on the GPU. On an H100, all choices from 2 to 16 warps are about as fast as the
+# The speed depends on the GPU. On an H100, all choices up to 16 warps are about as fast as the
 # copy, and 32 are slower.
 #
 # ``triton.autotune`` automates the search. The first time that it meets a new value of the *key*,

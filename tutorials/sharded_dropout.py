@@ -221,11 +221,10 @@ def sharded_dropout(x, p, seed):
     """Dropout of a ``DTensor``: the same mask on any number of ranks.
 
     ``x`` is float16, bfloat16, float32 or float64; its shards may be uneven or empty, except
-    where FSDP divides a dimension that is divided already. ``p``
-    is the probability of dropping, in [0, 1], rounded to a multiple of 2^-32, and ``seed``
-    an integer of 64 bits, the same on all ranks. The result has the placements of ``x``.
-    No rank communicates, and no tensor is kept for the backward pass. Differentiable in
-    reverse mode, also twice.
+    where FSDP divides a dimension that is divided already. ``p`` is the probability of
+    dropping, in [0, 1], rounded to a multiple of 2^-32, and ``seed`` an integer of 64 bits,
+    the same on all ranks. The result has the placements of ``x``. No rank communicates, and
+    no tensor is kept for the backward pass. Differentiable in reverse mode, also twice.
 
     Other types and ranges raise TypeError or ValueError, and so does a ``Partial`` tensor.
     """
@@ -349,7 +348,7 @@ for step in range(int(first_step), int(last_step)):
     gradients = torch.autograd.grad(loss, [up, down])
     with torch.no_grad():
         for weight, gradient in zip((up, down), gradients):
-            # Exercise 2 needs the redistribution.
+            # Only exercise 2 needs this redistribution.
             weight -= 0.1 * gradient.redistribute(placements=weight.placements)
     loss = loss.full_tensor().item()
     if dist.get_rank() == 0:

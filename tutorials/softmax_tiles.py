@@ -82,8 +82,8 @@ if __name__ == "__main__":
 # one. ``whole_vectors`` divides by ``VECTOR``, a ``tl.constexpr``, and multiplies again. So the
 # compiler is certain that the results are multiples of it.
 #
-# ``EDGES`` is the size of the block for the edges, and 0 if there are none. Other tiles take a
-# smaller ``VECTOR``, which divides the width and the gap.
+# ``EDGES`` is the size of the block for the edges. Tiles without edges have 0, and a ``VECTOR``
+# that divides the width and the gap.
 #
 # The kernel
 # ----------

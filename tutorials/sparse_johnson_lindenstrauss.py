@@ -5,10 +5,10 @@ A random projection that is never stored
 ========================================
 
 You write a matrix product whose right-hand side is never in memory: the kernel draws each tile of
-the random matrix where it multiplies by it. It squeezes vectors of a million numbers
-into four thousand and hardly changes the distances between them. If the matrix is stored and the
-vectors are few, most of the time goes into reading the matrix. But :ref:`seeded dropout` showed that random numbers can be
-computed where they are needed.
+the random matrix where it multiplies by it. It squeezes vectors of a million numbers into four
+thousand and hardly changes the distances between them. If the matrix is stored and the vectors are
+few, most of the time goes into reading the matrix. But :ref:`seeded dropout` showed that random
+numbers can be computed where they are needed.
 
 You will learn
 
@@ -247,11 +247,12 @@ def launch_project(x, n_out, seed, density, transposed):
 
 
 # %%
-# The result can be wrong without ``num_stages=1``. By default Triton lets the steps of a loop overlap:
-# while the tensor cores still multiply, the next step begins. Here it draws entries, into registers
-# that the tensor cores may still be reading. On Hopper GPUs (H100, H200) Triton 3.6 does not always
-# wait for them (`triton#9433 <https://github.com/triton-lang/triton/issues/9433>`_). Small products were right, and large ones sometimes had a few wrong entries. With ``num_stages=1`` a step ends
-# before the next begins.
+# The result can be wrong without ``num_stages=1``. By default Triton lets the steps of a loop
+# overlap: while the tensor cores still multiply, the next step begins. Here it draws entries, into
+# registers that the tensor cores may still be reading. On Hopper GPUs (H100, H200) Triton 3.6 does
+# not always wait for them (`triton#9433 <https://github.com/triton-lang/triton/issues/9433>`_).
+# Small products were right, and large ones sometimes had a few wrong entries. With
+# ``num_stages=1`` a step ends before the next begins.
 #
 # Float32 from three bfloat16
 # ---------------------------
@@ -366,8 +367,8 @@ if __name__ == "__main__" and not INTERPRET:
 # --------------------
 #
 # The gradient of x is the gradient that arrives times the transpose of R. So ``backward`` applies
-# the same function to the other matrix, and can be differentiated, too. :ref:`operators` explains
-# the rest.
+# the same function with the transposed matrix, and can itself be differentiated. :ref:`operators`
+# explains the rest.
 
 import numbers
 
@@ -425,8 +426,9 @@ def sparse_jl(x, n_components, seed, density=1 / 3):
     ``x``: (vectors, features), any strides; float16, bfloat16, float32 or float64; on the
     GPU (the CPU when Triton interprets). An entry of R is +a or -a with probability density
     / 2 each, else 0; a^2 = 1 / (density * n_components). Which of these it is depends on
-    ``seed`` (64 bits), its row, its column and the density alone. The result has the dtype of ``x``, and the same
-    bits in each run. Differentiable any number of times, in reverse mode.
+    ``seed`` (64 bits), its row, its column and the density alone. The result has the dtype
+    of ``x``, and the same bits in each run. Differentiable any number of times, in reverse
+    mode.
     """
     matrix = checked("x", x, "n_components", n_components, seed, density)
     return SparseJL.apply(x, *matrix, False)

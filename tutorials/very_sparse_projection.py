@@ -447,7 +447,10 @@ def very_sparse_jl(x, n_components, seed, density="auto"):
 
 
 def very_sparse_jl_transpose(y, n_features, seed, density="auto"):
-    """Multiply by the transpose of that matrix, y R^T; runs may differ in the last bits."""
+    """Multiply by the transpose of the matrix of ``very_sparse_jl``: y R^T.
+
+    The last bits of the result may differ from run to run.
+    """
     return visit("y", y, "n_features", n_features, seed, density, True)
 
 
