@@ -92,7 +92,7 @@ if __name__ == "__main__":
 # -----------------------
 #
 # Compare the values instead. This function runs yours under ``checkpoint``, makes the backward pass
-# ask for the second run, and compares the two outputs. Use it in your own tests.
+# ask for the second run, and compares the two outputs.
 
 
 def replays(function, *inputs, **options):
@@ -278,8 +278,7 @@ def checkpointed(function, *inputs, masks, **options):
 #
 # The gradient and the operator are made as in :ref:`seeded dropout`. The ``forward`` of the module,
 # ``SeededDropout``, has a second argument, the masks, so Python raises an error if you forget them.
-# ``Seeds`` hands them out: another seed for each pass, from a *stream* of seeds for each run and
-# worker.
+# ``Seeds`` hands them out, with another seed for each pass.
 
 import numbers
 
@@ -464,7 +463,7 @@ if __name__ == "__main__":
 # -------------
 #
 # ``checkpointed`` calls ``checkpoint``, so it saves the same memory. What differs is the CPU's
-# time. Compare it for a small function with that of ``F.dropout``.
+# time. Compare it with that of ``F.dropout``.
 
 
 def small_call(function, way, masks, x):

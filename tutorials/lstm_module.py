@@ -322,8 +322,8 @@ def launch_sequence_backward(dh, dc, gates, weight, h, c, lengths, masks, early=
 # - **Added units.** The kernels take multiples of 128 units. The module adds units whose weights
 #   are 0, so that they stay at 0, and removes them from the results.
 #
-# As a public module
-# ------------------
+# As a public function
+# --------------------
 #
 # A custom operator makes each launch known to ``torch.compile``, and a ``torch.autograd.Function``
 # to autograd, as in :ref:`operators`. The backward pass has a ``Function`` of its own, so that a

@@ -51,12 +51,12 @@ if __name__ == "__main__":
         print("Triton's interpreter runs the kernels: speed is measured on a GPU only.")
 
 # %%
-# Dropout of a block, again
-# -------------------------
+# Repeated
+# --------
 #
-# These are the kernel and the launch of :ref:`block dropout`: ``x`` is the block that begins at
-# ``offsets`` in a tensor of shape ``shape``, and its mask is that of the whole tensor, cut to the
-# block. ``BlockDropout`` adds the gradient.
+# These are the kernel and the launch of :ref:`block dropout`, so that the notebook runs alone. You
+# have read them: ``x`` is the block that begins at ``offsets`` in a tensor of shape ``shape``, and
+# its mask is that of the whole tensor, cut to the block. ``BlockDropout`` adds the gradient.
 
 
 @triton.jit
