@@ -54,8 +54,8 @@ if __name__ == "__main__":
 # A bare launch
 # -------------
 #
-# The kernel is the one of :ref:`seeded dropout`. Its gradient is the same kernel again, so nothing
-# distracts from how it is called.
+# The kernel draws the masks of :ref:`seeded dropout`, with Triton's own Philox. Its gradient is the
+# same kernel again, so nothing distracts from how it is called.
 
 
 @triton.jit
