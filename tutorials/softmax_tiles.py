@@ -483,7 +483,7 @@ def tile_softmax(x):
 #
 #    1. Two pieces of 4096 columns have 8192 elements again. On an H100 nothing is lost, since memory
 #       is the limit either way. On an H200, whose memory is faster, arithmetic is the limit then, and
-#       5000 columns take almost a third longer.
+#       5000 columns take a seventh longer.
 #
 # References
 # ----------
