@@ -1,7 +1,7 @@
 """What real ranks draw, and how fast. On two GPUs, for the page *Benchmarks*:
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 tests/ranks.py \\
-        > docs/results/ranks.txt
+        >> docs/results/ranks.txt
 
 On the CPU, with 1, 2, 3 and 4 processes, and with the training of the lesson:
 

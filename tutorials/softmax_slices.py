@@ -55,8 +55,7 @@ if __name__ == "__main__":
 #
 # A program finds :math:`m_i`, the largest element of its slice i, and :math:`s_i`, the slice's sum of
 # :math:`e^{x - m_i}`. That is enough for the whole row. Once its maximum :math:`m` is known, a factor
-# of :math:`e^{m_i - m}` turns :math:`s_i` into the sum of :math:`e^{x - m}` (Milakov and
-# Gimelshein, 2018):
+# of :math:`e^{m_i - m}` turns :math:`s_i` into the sum of :math:`e^{x - m}`:
 #
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
@@ -111,7 +110,7 @@ if __name__ == "__main__":
 # slices; the first slice takes the edges.
 #
 # Each element takes two exponentials. ``tl.exp`` has five instructions, three of them for results
-# below :math:`2^{-126}`. A power of 2 has one, and makes them 0.
+# below :math:`2^{-126}`. ``tl.exp2`` has one, and makes them 0.
 
 NOT_YET = tl.constexpr(-1)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -222,8 +221,7 @@ def slice_softmax_kernel(
 
 # %%
 # A slice has 4096 elements, or 8192 in the backward pass. ``lag`` is the number of slices in a row,
-# plus as many as fit into ``lag_bytes``. These sizes and the numbers of threads were the best that
-# we found for an H100 and an H200 together.
+# plus as many as fit into ``lag_bytes``. These sizes suit an H100 and an H200.
 
 LAG_BYTES = 5 * 2**20
 WARP = 32 if INTERPRET else triton.runtime.driver.active.get_current_target().warp_size
@@ -240,8 +238,7 @@ def launch_slices(kernel, lag_bytes, *inputs):
     EDGES = 2 * VECTOR if n_cols % VECTOR else 0
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
-    row_bytes = n_cols * itemsize * len(inputs)
-    lag = min(SLICES + lag_bytes * SLICES // row_bytes, n_slices)
+    lag = min(SLICES + lag_bytes * n_slices // (len(inputs) * out.nbytes), n_slices)
     # At least one word for each thread, or several would load the same word at different times.
     WORDS = max(triton.next_power_of_2(SLICES), threads)
     word = torch.int64 if itemsize == 8 else torch.int32
@@ -308,8 +305,8 @@ def launch_slice_backward(dy: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 # Is it right?
 # ------------
 #
-# 20001 columns make five slices, or three in the backward pass. The last is not full. Some slices
-# of the first row are all ``-inf``.
+# 20001 columns make five slices, or three in the backward pass. Some slices of the first row are
+# all ``-inf``.
 
 if __name__ == "__main__":
     torch.manual_seed(0)
@@ -353,15 +350,13 @@ if __name__ == "__main__" and not INTERPRET:
     print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
 # %%
-# The right end comes down to about two thirds of the copy, which confirms the count. The speed
-# falls at a shorter lag than the cache's size suggests, because the cache also holds what is
-# written.
+# The right end comes down to about two thirds of the copy, as we expected. The speed falls at a
+# shorter lag than the cache's size suggests: the cache also holds what is written.
 #
 # Is it fast?
 # -----------
 #
-# All matrices have 2^28 elements. 50257 is the size of GPT-2's vocabulary. The limit is a copy, or
-# an addition in the backward pass.
+# All matrices have 2^28 elements. The limit is a copy, or an addition in the backward pass.
 
 from importlib import import_module
 
@@ -417,17 +412,16 @@ if __name__ == "__main__" and not INTERPRET:
     for mark, speed in zip(benchmark.benchmarks, tables, strict=True):
         speed.columns = [name.removesuffix(" (GB/s)") for name in speed]
         print(f"{mark.plot_name}, GB/s:")
-        print(speed.dropna(axis=1, how="all").to_string(index=False, float_format="%.0f"))
-        share = (speed.iloc[:, 1] / speed.iloc[:, 2]).min()
-        print(f"slices reach at least {share:.0%} of the limit\n")
+        shown = speed.dropna(axis=1, how="all")
+        print(shown.to_string(index=False, float_format="%.0f"), end="\n\n")
 
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
-# stay well below the copy. On an H100 the slices come close to the limit in float32, except
-# backward at 2^20 columns, and reach about nine tenths of it in bfloat16. On an H200, whose memory
-# is faster, they reach about four fifths in float32 and three quarters in bfloat16. Up to 262144
-# columns, QuACK's forward pass is at most a tenth slower than the copy. It gives each row to a
-# *cluster* of programs, which can reach each other's shared memory.
+# stay well below the copy. On an H100 the slices come close to the limit, but their backward pass
+# only reaches about nine tenths of it in bfloat16, and less at 2^20 columns. On an H200, the same
+# chip with faster memory, slices reach between three quarters and seven eighths of the limit. Up to
+# 262144 columns, QuACK's forward pass is at most a tenth slower than the copy. It gives each row to
+# a *cluster* of programs, which can reach each other's shared memory.
 #
 # As a public function
 # --------------------
@@ -497,7 +491,7 @@ def slice_softmax(x):
 #    Try it first.
 #
 #    1. You lose the certainty that the kernel ends: a program may wait for one that can't start.
-#       You gain almost no time, because taking a ticket is quick compared with reading a slice.
+#       You gain almost no time.
 #
 #       .. code-block:: diff
 #
