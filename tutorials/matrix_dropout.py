@@ -59,8 +59,8 @@ if __name__ == "__main__":
 # divide a batch among several GPUs, pad it or sort it by length: every sample keeps its mask.
 #
 # In :ref:`seeded dropout`, element i is kept or dropped by word i mod 4 of Philox for the counter
-# ⌊i / 4⌋. Here i is the *column*, and the seed is the row's. So row r of the result is what
-# ``seeded_dropout4x(x[r], p, seeds[r])`` gives, bit for bit.
+# ⌊i / 4⌋. Here i is the *column*, and the seed is the row's. So row r of the result is
+# ``seeded_dropout4x(x[r], p, int(seeds[r]))``, bit for bit.
 #
 # What a stride is
 # ----------------
@@ -97,7 +97,7 @@ if __name__ == "__main__":
 # because the first axis of a grid may have 2^31 - 1 programs and the others only 65535.
 #
 # Each program loads the seeds of its rows. ``philox``, from :ref:`seeded dropout`, takes a block of
-# seeds just as it takes a single one. The bits are interleaved along the columns.
+# seeds just as it takes a single one. The bits are interleaved along the rows.
 
 
 @triton.jit
@@ -160,8 +160,8 @@ def matrix_dropout_kernel(
 # For a contiguous matrix this is the row, in the input and in the output: the tile is as wide as
 # the row, up to 1024 columns, and takes more rows if the row is shorter. A transposed matrix is
 # read along its columns, but the result is written along its rows. A tile of 128 by 32 suits both:
-# a column of the tile has 128 neighbours in the input, and a row has 32 neighbours in the output.
-# Any shape works, as long as ``COLS`` is a multiple of 4.
+# the 128 elements of a column are neighbours in the input, and the 32 of a row in the output. Both
+# sizes are powers of two, and ``COLS`` is at least 4.
 #
 # A thread can move 16 bytes with one instruction, but only at an address that is a multiple of 16.
 # Rows of 8 columns begin at such addresses, even in bfloat16, and the compiler has to know it.
@@ -313,8 +313,8 @@ if __name__ == "__main__" and not INTERPRET:
         print(speed.to_string(index=False, float_format="%.0f"), end="\n\n")
 
 # %%
-# The speeds about agree with the count: in float32, and on an H100 in bfloat16. On an H200, with
-# faster memory, bfloat16 stays up to a seventh below it. ``F.dropout`` always does.
+# Contiguous matrices about agree with the count. On an H200, with faster memory, bfloat16 stays up
+# to a seventh below it. Transposed ones stay further below, and so does ``F.dropout``.
 #
 # What a bad access pattern costs
 # -------------------------------
@@ -398,8 +398,8 @@ def matrix_dropout(x, p, seeds):
     interprets), and is float16, bfloat16, float32 or float64. ``p``, in [0, 1], is rounded to
     a multiple of 2^-32; 0 returns a copy, bit for bit, and 1 returns zeros. ``seeds`` has
     shape (rows,), any integer dtype and any device; a negative seed is the same as itself
-    plus 2^64. The result is contiguous, and a dropped inf or NaN is 0 in it. Row r is what
-    ``seeded_dropout4x(x[r], p, seeds[r])`` gives: element c is kept, and multiplied by
+    plus 2^64. The result is contiguous, and a dropped inf or NaN is 0 in it. Row r is
+    ``seeded_dropout4x(x[r], p, int(seeds[r]))``: element c is kept, and multiplied by
     1 / (1 - p), when word c mod 4 of Philox4x32 with ten rounds, the key seeds[r] and the
     counter c // 4, is at least p * 2^32. Differentiable, also twice, in reverse mode only;
     works under ``torch.compile``. Raises TypeError or ValueError for anything else.

@@ -238,8 +238,8 @@ if __name__ == "__main__" and not INTERPRET:
 # at least p · 2³², rounded to an integer.** This defines the mask.
 #
 # A round of Philox multiplies two words by constants, and uses the upper and the lower 32 bits of
-# both products. ``tl.randint4x`` takes an instruction for each half. Our ``philox`` takes one for
-# both, which helps on an H200, with the arithmetic of an H100 but faster memory.
+# both products. ``tl.randint4x`` takes an instruction for each half. Our ``philox`` often takes one
+# for both, which helps on an H200, whose memory is faster than an H100's.
 
 
 @triton.jit
@@ -260,9 +260,9 @@ def philox(seed, counters):
 # %%
 # The kernel compares the words as unsigned integers, which saves turning them into floating-point
 # numbers. It collects the four answers as the last four bits of an integer, and
-# ``tl.interleave(a, b)``, which is a0, b0, a1, b1, and so on, hands them out. The first call gives
-# ``bits``, ``bits >> 2``, and so on. After the second, each element finds its answer in the last
-# bit. (If we interleaved the four words instead, the compiler would move them between threads.)
+# ``tl.interleave(a, b)``, which is a0, b0, a1, b1, and so on, hands them out. The two calls give
+# ``bits`` shifted by 0, 1, 2, 3, and so on, so each element finds its answer in the last bit. (If
+# we interleaved the words, in bfloat16 the compiler would move them between threads.)
 
 
 @triton.jit
@@ -288,8 +288,8 @@ def seeded_dropout4x_kernel(
 
 # %%
 # A threshold of 2³² would not fit into a word, so the launch handles p = 1 itself. Without
-# ``num_warps`` a program gets four warps. One is slower for small tensors, but faster in bfloat16
-# on an H200.
+# ``num_warps`` a program gets four. One warp is slower for small tensors, but faster in bfloat16 on
+# an H200.
 
 
 def launch_seeded_dropout4x(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
@@ -322,7 +322,7 @@ if __name__ == "__main__":
 
 
 def captured(run, x):
-    """Milliseconds of the GPU. Each call reads a copy of its own, so none is in L2."""
+    """Milliseconds of the GPU. Each call reads its own copy, and do_bench clears L2."""
     parts = [x.clone() for _ in range(min(max(2**26 // x.numel(), 1), 100))]
     run(x)
     graph = torch.cuda.CUDAGraph()
@@ -369,8 +369,8 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # The count is confirmed now: on large tensors dropout is about as fast as a copy, on an H100 and on
-# an H200, in both dtypes. ``torch.compile`` stores no mask here, but it uses one word of four, as
-# our first kernel does, and in bfloat16 it is about as slow.
+# an H200, in both dtypes. ``torch.compile`` stores no mask here, but uses one word of four, as our
+# first kernel does, and is about as slow in bfloat16.
 #
 # As a public function
 # --------------------
@@ -445,7 +445,7 @@ def seeded_dropout4x(x, p, seed):
     2^-32; 0 returns a copy, bit for bit, and 1 returns zeros. ``seed`` is an integer of 64
     bits, signed or unsigned; a negative one is the same as itself plus 2^64. The result is
     contiguous, and a dropped inf or NaN is 0 in it. Element i, in row-major order, is kept
-    when word i mod 4 of Philox4x32 with ten rounds, the seed as key and the counter i // 4,
+    when word i mod 4 of Philox4x32-10, with the key ``seed`` and the counter i // 4,
     is at least p * 2^32, rounded to an integer. Differentiable, also twice, in reverse mode
     only; works under ``torch.compile``. Raises TypeError or ValueError for anything else.
     """
@@ -496,7 +496,7 @@ if __name__ == "__main__":
 #    Try it first.
 #
 #    1. At p = 0 nothing should be dropped, but 0 > 0 is false. Two of the 2³² words become exactly
-#       0, so about one element in 2³¹, some two billion, is dropped.
+#       0, so about one element in 2³¹ (two billion) is dropped.
 #    2. The masks are the same. On an H100 the speed is, too, since memory is the limit. On an H200
 #       dropout in bfloat16 falls a little below the copy.
 #

@@ -55,9 +55,8 @@ if __name__ == "__main__":
 # --------
 #
 # These are the kernel and the launch of :ref:`block dropout`, so that the notebook runs alone. You
-# have read them, with ``philox`` in place of ``tl.randint4x``. ``x`` is the block that begins at
-# ``offsets`` in a tensor of shape ``shape``, and its mask is that of the whole tensor, cut to the
-# block. ``BlockDropout`` adds the gradient.
+# have read them: ``x`` is the block that begins at ``offsets`` in a tensor of shape ``shape``, and
+# its mask is that of the whole tensor, cut to the block. ``BlockDropout`` adds the gradient.
 
 
 @triton.jit

@@ -4,8 +4,8 @@
 Softmax of rows that no program can hold
 ========================================
 
-You write a softmax for very wide rows. If the GPU's cache can hold a row, it comes from memory only
-once. A row of much more than 64 KiB does not fit into the registers of one program, so several
+You write a softmax for very wide rows. If the GPU's cache can hold a row, you fetch it from memory
+only once. A row of much more than 64 KiB does not fit into the registers of one program, so several
 programs share it: each takes a slice, and writes down what the others need.
 
 You will learn
@@ -109,8 +109,8 @@ if __name__ == "__main__":
 # As in :ref:`softmax tiles`, a row consists of whole vectors and of edges. The vectors are cut into
 # slices; the first slice takes the edges.
 #
-# Each element takes two exponentials. ``tl.exp`` has five instructions, three of them for results
-# below :math:`2^{-126}`. ``tl.exp2`` has one, and makes them 0.
+# Each element takes two exponentials. ``tl.exp`` multiplies by ``LOG2E``, and then needs four
+# instructions, three for results below :math:`2^{-126}`. ``tl.exp2`` has one, and makes them 0.
 
 NOT_YET = tl.constexpr(-1)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -234,7 +234,7 @@ def launch_slices(kernel, lag_bytes, *inputs):
     inputs = [x.resolve_neg().contiguous() for x in inputs]
     n_cols, itemsize = out.shape[-1], out.element_size()
     BLOCK, VECTOR = 4096 * len(inputs), 16 // itemsize
-    threads = min(32 * itemsize ** len(inputs), 512)
+    threads = min(32 * itemsize ** len(inputs), 512)  # 64 elements of bfloat16 each
     EDGES = 2 * VECTOR if n_cols % VECTOR else 0
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
@@ -417,11 +417,11 @@ if __name__ == "__main__" and not INTERPRET:
 
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
-# stay well below the copy. On an H100 the slices come close to the limit, but their backward pass
-# only reaches about nine tenths of it in bfloat16, and less at 2^20 columns. On an H200, the same
-# chip with faster memory, slices reach between three quarters and seven eighths of the limit. Up to
-# 262144 columns, QuACK's forward pass is at most a tenth slower than the copy. It gives each row to
-# a *cluster* of programs, which can reach each other's shared memory.
+# stay well below the copy. On an H100 the slices come close to the limit, but backward they reach
+# about nine tenths in bfloat16, and less at 2^20 columns in both dtypes. On an H200, the same chip
+# with faster memory, slices reach between three quarters and seven eighths of the limit. Up to
+# 262144 columns, QuACK's forward pass, where it runs, is within a tenth of the copy. It gives each
+# row to a *cluster* of programs, which can reach each other's shared memory.
 #
 # As a public function
 # --------------------

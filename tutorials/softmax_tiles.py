@@ -395,11 +395,11 @@ if __name__ == "__main__" and not INTERPRET:
             print(f"tiles reach at least {share.min():.0%} of the limit\n")
 
 # %%
-# In bfloat16, one row a program is slow at 256 columns, where several rows a program help, and at
+# In bfloat16, one row a program is slow on narrow rows, where several rows a program help, and at
 # 5000 and 12161 columns, where whole vectors and pieces help. In float32 on an H100, one row a
 # program is already about as fast as the copy. With tiles every width is close to the limit,
-# forward and backward. On wide rows ``torch.softmax`` is slower, and so is ``torch.compile``, above
-# all in bfloat16. PyTorch's backward pass reaches at most about half of its limit.
+# forward and backward. On wide rows ``torch.softmax`` is slower, and in bfloat16 ``torch.compile``
+# is, too. PyTorch's backward pass reaches at most about half of its limit.
 #
 # As a public function
 # --------------------
@@ -475,8 +475,8 @@ def tile_softmax(x):
 # Exercises
 # ---------
 #
-# 1. Try tiles of 4096 elements in bfloat16, and predict what the figure shows at 5000 columns
-#    before you look.
+# 1. Set ``TILE = 4096``, and predict what the figure for bfloat16 shows at 5000 columns before you
+#    look.
 #
 # .. note::
 #    Try it first.
