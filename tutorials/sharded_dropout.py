@@ -420,8 +420,8 @@ if __name__ == "__main__":
 # in another order. The masks do agree to the last bit. So a difference larger than rounding is a
 # bug.
 #
-# On two GPUs, both an H100, ``sharded_dropout`` is as fast as a copy. The page *Benchmarks* has the
-# table.
+# On two GPUs, both an H100, ``sharded_dropout`` is as fast as a copy; on two H200 it is a seventh
+# slower. The page *Benchmarks* has the tables.
 #
 # Sixteen thousand ranks
 # ----------------------
