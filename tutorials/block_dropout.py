@@ -337,9 +337,8 @@ if __name__ == "__main__" and not INTERPRET:
 # which has the arithmetic of an H100 and faster memory: there they reach about seven eighths of the
 # copy's speed. Odd columns need more arithmetic: eight elements of bfloat16 take three calls of
 # Philox instead of two, and four elements of float32 take two instead of one. The loss is largest
-# in bfloat16, but large blocks are still faster than ``F.dropout``, and on an H200 about as fast.
-# On the left all lines are low, because there starting and ending a kernel takes longer than the
-# work.
+# in bfloat16, but large blocks are still faster than ``F.dropout``, or as fast on an H200. On the
+# left all lines are low, because there starting and ending a kernel takes longer than the work.
 #
 # As a public function
 # --------------------

@@ -5,7 +5,7 @@ Softmax of rows that no program can hold
 ========================================
 
 You write a softmax for very wide rows. If the GPU's cache can hold a row, you fetch it from memory
-only once. A row of much more than 64 KiB does not fit into the registers of one program, so several
+once. A row of much more than 64 KiB does not fit into the registers of one program, so several
 programs share it: each takes a slice, and writes down what the others need.
 
 You will learn
@@ -53,9 +53,9 @@ if __name__ == "__main__":
 # Two numbers for each slice
 # --------------------------
 #
-# A program finds :math:`m_i`, the largest element of its slice i, and :math:`s_i`, the slice's sum of
-# :math:`e^{x - m_i}`. That is enough for the whole row. Once its maximum :math:`m` is known, a factor
-# of :math:`e^{m_i - m}` turns :math:`s_i` into the sum of :math:`e^{x - m}`:
+# A program finds :math:`m_i`, the largest element of its slice i, and :math:`s_i`, the slice's sum
+# of :math:`e^{x - m_i}`. Once the row's maximum :math:`m` is known, a factor of :math:`e^{m_i - m}`
+# turns :math:`s_i` into the sum of :math:`e^{x - m}`:
 #
 # .. math:: m = \max_i m_i, \qquad s = \sum_i s_i \, e^{m_i - m}, \qquad y_j = e^{x_j - m} / s
 #
@@ -106,7 +106,7 @@ if __name__ == "__main__":
 # The kernel
 # ----------
 #
-# As in :ref:`softmax tiles`, a row consists of whole vectors and of edges. The vectors are cut into
+# As in :ref:`softmax tiles`, a row consists of whole vectors and edges. The vectors are cut into
 # slices; the first slice takes the edges.
 #
 # Each element takes two exponentials. ``tl.exp`` multiplies by ``LOG2E``, and then needs four
@@ -234,7 +234,7 @@ def launch_slices(kernel, lag_bytes, *inputs):
     inputs = [x.resolve_neg().contiguous() for x in inputs]
     n_cols, itemsize = out.shape[-1], out.element_size()
     BLOCK, VECTOR = 4096 * len(inputs), 16 // itemsize
-    threads = min(32 * itemsize ** len(inputs), 512)  # 64 elements of bfloat16 each
+    threads = min(32 * itemsize ** len(inputs), 512)  # 64 elements of bfloat16 a thread
     EDGES = 2 * VECTOR if n_cols % VECTOR else 0
     SLICES = triton.cdiv(n_cols, BLOCK)
     n_slices = out.numel() // n_cols * SLICES
@@ -350,13 +350,13 @@ if __name__ == "__main__" and not INTERPRET:
     print(f"two thirds of a copy: {2 / 3 * copy:.0f} GB/s")
 
 # %%
-# The right end comes down to about two thirds of the copy, as we expected. The speed falls at a
-# shorter lag than the cache's size suggests: the cache also holds what is written.
+# The right end comes down to about two thirds of the copy. The speed falls at a shorter lag than
+# the cache's size suggests: the cache also holds what is written.
 #
 # Is it fast?
 # -----------
 #
-# All matrices have 2^28 elements. The limit is a copy, or an addition in the backward pass.
+# All matrices have 2^28 elements. The limit is a copy, or backward an addition.
 
 from importlib import import_module
 
@@ -418,10 +418,10 @@ if __name__ == "__main__" and not INTERPRET:
 # %%
 # ``torch.softmax`` and ``torch.compile`` read a wide row more than once, and from 65536 columns on
 # stay well below the copy. On an H100 the slices come close to the limit, but backward they reach
-# about nine tenths in bfloat16, and less at 2^20 columns in both dtypes. On an H200, the same chip
-# with faster memory, slices reach between three quarters and seven eighths of the limit. Up to
-# 262144 columns, QuACK's forward pass, where it runs, is within a tenth of the copy. It gives each
-# row to a *cluster* of programs, which can reach each other's shared memory.
+# about nine tenths in bfloat16, and less at 2^20 columns in both dtypes. On an H200, with faster
+# memory, slices reach between three quarters and seven eighths of the limit. Up to 262144 columns,
+# QuACK's forward pass, where it runs, is within a tenth of the copy. It gives each row to a
+# *cluster* of programs, which can reach each other's shared memory.
 #
 # As a public function
 # --------------------
@@ -502,7 +502,7 @@ def slice_softmax(x):
 # ----------
 #
 # - M. Milakov and N. Gimelshein, `Online normalizer calculation for softmax <https://arxiv.org/abs/1805.02867>`_,
-#   2018.
+#   2018: the formula.
 # - D. Merrill and M. Garland, `Single-pass parallel prefix scan with decoupled look-back <https://research.nvidia.com/publication/2016-03_single-pass-parallel-prefix-scan-decoupled-look-back>`_,
 #   2016: programs that wait for each other's sums.
 # - `QuACK <https://github.com/Dao-AILab/quack>`_ by Dao-AILab.

@@ -395,9 +395,9 @@ if __name__ == "__main__" and not INTERPRET:
             print(f"tiles reach at least {share.min():.0%} of the limit\n")
 
 # %%
-# In bfloat16, one row a program is slow on narrow rows, where several rows a program help, and at
-# 5000 and 12161 columns, where whole vectors and pieces help. In float32 on an H100, one row a
-# program is already about as fast as the copy. With tiles every width is close to the limit,
+# In bfloat16, one row a program is slow on the narrowest rows, where several rows a program help,
+# and at 5000 and 12161 columns, where whole vectors and pieces help. In float32 on an H100, one row
+# a program is already about as fast as the copy. With tiles every width is close to the limit,
 # forward and backward. On wide rows ``torch.softmax`` is slower, and in bfloat16 ``torch.compile``
 # is, too. PyTorch's backward pass reaches at most about half of its limit.
 #
